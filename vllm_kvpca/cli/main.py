@@ -1,0 +1,63 @@
+"""`vllm-kvpca`: the commands, and how their errors reach the terminal.
+
+Each command lives in a module of its own beside this one. Those modules import at their top only what
+`--help` can afford (the standard library, typer, rich); torch, transformers and vLLM are imported inside
+the functions that need them.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from typer.core import TyperGroup
+
+import vllm_kvpca
+from vllm_kvpca.cli import demo_model
+from vllm_kvpca.errors import KvpcaError
+
+
+class _Commands(TyperGroup):
+    """Shows an error of ours as its message alone: it says what to do, and a traceback would bury it."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KvpcaError as error:
+            console = Console(stderr=True, soft_wrap=True)
+            console.print("[bold red]error:[/]", end=" ")
+            console.print(str(error), markup=False, highlight=False)
+            raise typer.Exit(code=1) from error
+
+
+app = typer.Typer(
+    cls=_Commands,
+    name="vllm-kvpca",
+    help="Tools around the compressed KV cache for vLLM.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"vllm-kvpca {vllm_kvpca.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    pass
+
+
+app.command("demo-model")(demo_model.demo_model)
+
+if __name__ == "__main__":
+    app()
