@@ -1,0 +1,178 @@
+"""Bands: runs of components that share one bit width and one scale per token.
+
+A component vector y (length = sum of the widths) is stored band by band:
+
+    16 bits   the values themselves, in the model's dtype, no scale
+     8 bits   s = absmax(y_b) / 127, code = round(y_b / s) in [-127, 127], one int8 each
+     4 bits   s = absmax(y_b) / 7,   code = round(y_b / s) in [-7, 7], stored as code + 8;
+              byte j of a band of width w holds component j in its low and component
+              j + w/2 in its high nibble, so that each half unpacks to a contiguous run
+     0 bits   nothing; the components are dropped
+
+The scale is rounded to bfloat16 before the codes are computed from it, so decoding uses
+exactly the scale that encoding used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+
+from vllm_kvpca.errors import LayoutError
+
+SCALE_DTYPE = torch.bfloat16
+SCALE_BYTES = 2
+RAW_BITS = 16
+RAW_BYTES = 2
+QMAX = {8: 127, 4: 7}
+NIBBLE_OFFSET = 8
+WIDTH_STEP = 8
+"""Band widths are multiples of this, which keeps every run of codes 4-byte aligned."""
+
+
+@dataclass(frozen=True)
+class Band:
+    """`width` components stored with `bits` bits each.
+
+    Raises:
+        LayoutError: an unknown bit width, or a width that is no positive multiple of 8.
+    """
+
+    width: int
+    bits: int
+
+    def __post_init__(self) -> None:
+        if self.bits not in (16, 8, 4, 0):
+            raise LayoutError(f"a band of {self.bits} bits is not supported: use 16, 8, 4 or 0.")
+        if self.width <= 0 or self.width % WIDTH_STEP:
+            raise LayoutError(
+                f"a band of {self.width} components is not supported: "
+                f"use a positive multiple of {WIDTH_STEP}."
+            )
+
+    @property
+    def code_bytes(self) -> int:
+        """Bytes of codes per token and head."""
+        return self.width * self.bits // 8
+
+    @property
+    def scale_bytes(self) -> int:
+        """Bytes of scale per token and head."""
+        return SCALE_BYTES if self.bits in QMAX else 0
+
+
+def resolve_bands(shares: Sequence[tuple[Fraction, int]], head_dim: int) -> tuple[Band, ...]:
+    """Bands for one head dimension from shares of it, rounded to multiples of 8.
+
+    The last band takes what rounding leaves, so widths always add up to `head_dim`.
+
+    Raises:
+        LayoutError: shares that do not add up to one, or a band rounded away.
+    """
+    if sum((share for share, _ in shares), Fraction(0)) != 1:
+        raise LayoutError(f"the shares of the bands {list(shares)} must add up to 1.")
+    if head_dim % WIDTH_STEP:
+        raise LayoutError(f"head_dim {head_dim} is not a multiple of {WIDTH_STEP}.")
+    widths = [round(share * head_dim / WIDTH_STEP) * WIDTH_STEP for share, _ in shares[:-1]]
+    widths.append(head_dim - sum(widths))
+    return tuple(Band(width, bits) for width, (_, bits) in zip(widths, shares, strict=True))
+
+
+def code_bytes(bands: Sequence[Band]) -> int:
+    """Bytes of codes per token and head over all bands."""
+    return sum(band.code_bytes for band in bands)
+
+
+def num_scales(bands: Sequence[Band]) -> int:
+    """Scales per token and head over all bands."""
+    return sum(band.bits in QMAX for band in bands)
+
+
+def stored_width(bands: Sequence[Band]) -> int:
+    """Components that are stored at all: the width without the 0-bit bands."""
+    return sum(band.width for band in bands if band.bits)
+
+
+def encode_bands(y: torch.Tensor, bands: Sequence[Band]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantize components to codes and scales.
+
+    Args:
+        y: (..., components), any floating dtype; 16-bit bands are stored in this dtype,
+            which must then be two bytes wide.
+        bands: their widths add up to `components`.
+
+    Returns:
+        codes (..., code_bytes) uint8 and scales (..., num_scales) bfloat16.
+    """
+    codes: list[torch.Tensor] = []
+    scales: list[torch.Tensor] = []
+    start = 0
+    for band in bands:
+        part = y[..., start : start + band.width]
+        start += band.width
+        if band.bits == RAW_BITS:
+            codes.append(part.contiguous().view(torch.uint8))
+        elif band.bits:
+            code, scale = _quantize(part.float(), band.bits)
+            codes.append(code)
+            scales.append(scale)
+    empty = y.shape[:-1] + (0,)
+    return (
+        torch.cat(codes, -1) if codes else y.new_empty(empty, dtype=torch.uint8),
+        torch.cat(scales, -1) if scales else y.new_empty(empty, dtype=SCALE_DTYPE),
+    )
+
+
+def _quantize(y: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    qmax = QMAX[bits]
+    scale = (y.abs().amax(-1, keepdim=True) / qmax).to(SCALE_DTYPE)
+    # A zero vector has scale 0; dividing by 1 instead gives the codes 0 it needs.
+    divisor = torch.where(scale > 0, scale, torch.ones_like(scale)).float()
+    q = (y / divisor).round_().clamp_(-qmax, qmax).to(torch.int8)
+    if bits == 4:
+        low, high = (q + NIBBLE_OFFSET).view(torch.uint8).chunk(2, -1)
+        return low | (high << 4), scale
+    return q.view(torch.uint8), scale
+
+
+def decode_bands(
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    bands: Sequence[Band],
+    *,
+    raw_dtype: torch.dtype,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """Components from codes and scales; dropped components are left out.
+
+    Args:
+        codes: (..., code_bytes) uint8.
+        scales: (..., num_scales) bfloat16.
+        raw_dtype: dtype of the 16-bit bands.
+        dtype: dtype of the result.
+
+    Returns:
+        (..., stored_width) components in `dtype`.
+    """
+    out = torch.empty(*codes.shape[:-1], stored_width(bands), dtype=dtype, device=codes.device)
+    byte = column = index = 0
+    for band in bands:
+        part = codes[..., byte : byte + band.code_bytes]
+        target = out[..., column : column + band.width]
+        if band.bits == RAW_BITS:
+            target.copy_(part.contiguous().view(raw_dtype))
+        elif band.bits:
+            scale = scales[..., index : index + 1].to(dtype)
+            if band.bits == 8:
+                torch.mul(part.view(torch.int8), scale, out=target)
+            else:
+                half = band.width // 2
+                torch.mul((part & 15).to(torch.int8) - NIBBLE_OFFSET, scale, out=target[..., :half])
+                torch.mul((part >> 4).to(torch.int8) - NIBBLE_OFFSET, scale, out=target[..., half:])
+            index += 1
+        byte += band.code_bytes
+        column += band.width if band.bits else 0
+    return out

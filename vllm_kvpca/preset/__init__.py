@@ -1,0 +1,17 @@
+"""Presets: a folder that says what to store, with which basis, and how it was measured."""
+
+from vllm_kvpca.preset.files import Preset, list_shipped, load_preset, save_preset
+from vllm_kvpca.preset.formats import FORMATS
+from vllm_kvpca.preset.schema import BandSpec, ModelShape, PresetConfig, TensorFormat
+
+__all__ = [
+    "FORMATS",
+    "BandSpec",
+    "ModelShape",
+    "Preset",
+    "PresetConfig",
+    "TensorFormat",
+    "list_shipped",
+    "load_preset",
+    "save_preset",
+]

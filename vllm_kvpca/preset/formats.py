@@ -1,0 +1,61 @@
+"""The named formats. A format is a list of bands for K and one for V, nothing else."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+from vllm_kvpca.preset.schema import BandSpec, PresetConfig, TensorFormat
+
+
+def _tensor(basis: str, *bands: tuple[str, int]) -> TensorFormat:
+    specs = tuple(BandSpec(share=Fraction(share), bits=bits) for share, bits in bands)
+    return TensorFormat(basis=basis, bands=specs)
+
+
+_RAW = _tensor("identity", ("1", 16))
+
+FORMATS: dict[str, PresetConfig] = {
+    config.format: config
+    for config in (
+        PresetConfig(
+            format="raw",
+            description="K and V as they are: no compression, to test the machinery.",
+            k=_RAW,
+            v=_RAW,
+        ),
+        PresetConfig(
+            format="k8v8",
+            description="K and V in int8 with one scale per token: nearly lossless.",
+            k=_tensor("identity", ("1", 8)),
+            v=_tensor("identity", ("1", 8)),
+        ),
+        PresetConfig(
+            format="k8v4",
+            description="K in int8, V in int4 after a Hadamard rotation.",
+            k=_tensor("identity", ("1", 8)),
+            v=_tensor("hadamard", ("1", 4)),
+        ),
+        PresetConfig(
+            format="v-hadamard-mixed",
+            description="K raw, V after a Hadamard rotation: 3/8 in int8, the rest in int4.",
+            k=_RAW,
+            v=_tensor("hadamard", ("3/8", 8), ("5/8", 4)),
+        ),
+    )
+}
+"""Calibration-free formats by name: they fit any standard-attention model."""
+
+CALIBRATED_FORMATS: dict[str, tuple[str, TensorFormat, TensorFormat]] = {
+    "v-mixed": (
+        "K raw, V in its PCA basis: the strongest 3/8 of the components in int8, the rest in int4.",
+        _RAW,
+        _tensor("pca", ("3/8", 8), ("5/8", 4)),
+    ),
+    "v-rank-int8": (
+        "K raw, V cut to 3/4 of its PCA components in int8. Kept for comparison: dropping "
+        "components loses far more quality than the same bytes in mixed bit widths.",
+        _RAW,
+        _tensor("pca", ("3/4", 8), ("1/4", 0)),
+    ),
+}
+"""Formats that `vllm-kvpca calibrate` turns into presets: description, K, V."""

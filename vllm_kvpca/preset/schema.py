@@ -1,0 +1,89 @@
+"""What `config.json` of a preset may say. Unknown fields are refused."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
+
+from vllm_kvpca.codec.bands import Band, resolve_bands
+
+Share = Annotated[
+    Fraction,
+    BeforeValidator(lambda value: Fraction(value) if isinstance(value, (str, int)) else value),
+    PlainSerializer(str, return_type=str),
+]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class BandSpec(_Strict):
+    """A band as a share of head_dim, e.g. "3/8", and its bits per component."""
+
+    share: Share = Field(gt=0, le=1)
+    bits: Literal[16, 8, 4, 0]
+
+
+class TensorFormat(_Strict):
+    """How K or V is stored: a basis and the bands of its components.
+
+    `identity` and `hadamard` need no calibration; `pca` comes from basis.safetensors.
+    """
+
+    basis: Literal["identity", "hadamard", "pca"]
+    bands: tuple[BandSpec, ...] = Field(min_length=1, max_length=16)
+
+    @model_validator(mode="after")
+    def _check(self) -> TensorFormat:
+        if sum((band.share for band in self.bands), Fraction(0)) != 1:
+            raise ValueError("the shares of the bands must add up to 1")
+        if any(band.bits == 16 for band in self.bands) and self.basis != "identity":
+            raise ValueError('bands of 16 bits hold raw values: they need the basis "identity"')
+        if all(band.bits == 0 for band in self.bands):
+            raise ValueError("every band has 0 bits, so nothing would be stored")
+        return self
+
+    def resolve(self, head_dim: int) -> tuple[Band, ...]:
+        """Bands with widths for one head dimension.
+
+        Raises:
+            LayoutError: the shares cannot be laid out for this head_dim.
+        """
+        return resolve_bands([(band.share, band.bits) for band in self.bands], head_dim)
+
+
+class ModelShape(_Strict):
+    """The model a calibrated preset was made for."""
+
+    name: str
+    revision: str | None = None
+    num_layers: int = Field(gt=0)
+    num_kv_heads: int = Field(gt=0)
+    head_dim: int = Field(gt=0)
+
+
+class PresetConfig(_Strict):
+    """`config.json`: the format, and for calibrated presets the model it belongs to."""
+
+    schema_version: Literal[1] = 1
+    format: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)
+    description: str = ""
+    k: TensorFormat
+    v: TensorFormat
+    model: ModelShape | None = None
+    layers: tuple[int, ...] | None = None
+    """Indices of the layers that have a basis, in the order of basis.safetensors; None: all."""
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether basis.safetensors is needed."""
+        return "pca" in (self.k.basis, self.v.basis)
+
+    @model_validator(mode="after")
+    def _check(self) -> PresetConfig:
+        if self.calibrated and self.model is None:
+            raise ValueError('a basis "pca" belongs to one model: the field "model" is missing')
+        return self
