@@ -57,7 +57,7 @@ pip_install() {
     local what=$1
     shift
     say "installing $what"
-    "$VENV/bin/python" -m pip install --quiet "$@" ||
+    "$VENV/bin/python" -m pip install -qq "$@" ||
         fail "pip could not install $what; see pip's message above, check the network and the free disk space, and run this again."
 }
 
