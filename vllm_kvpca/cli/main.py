@@ -1,8 +1,8 @@
 """`vllm-kvpca`: the commands, and how their errors reach the terminal.
 
-Each command lives in a module of its own beside this one. Those modules import at their top only what
-`--help` can afford (the standard library, typer, rich); torch, transformers and vLLM are imported inside
-the functions that need them.
+Each command lives in a module of its own beside this one. Those modules import at their top only
+what `--help` can afford (the standard library, typer, rich); torch, transformers and vLLM are
+imported inside the functions that need them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from vllm_kvpca.errors import KvpcaError
 
 
 class _Commands(TyperGroup):
-    """Shows an error of ours as its message alone: it says what to do, and a traceback would bury it."""
+    """Shows an error of ours as its message alone: a traceback would bury what to do."""
 
     def invoke(self, ctx: Any) -> Any:
         try:

@@ -1,0 +1,29 @@
+# `make demo` and `make test` need Python 3.11 or newer, pip and git; they install the rest into .venv.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+BIN := .venv/bin
+export PORT ?= 8000
+
+.PHONY: help setup demo test lint clean
+
+help: ## this list
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
+
+setup: ## install vLLM, the plugin, the demo model and the tools into .venv
+	@deploy/local/setup.sh
+
+demo: setup ## serve SmolLM2-135M-Instruct compressed on http://127.0.0.1:$PORT (PORT=8000)
+	@deploy/local/demo.sh
+
+test: setup ## run all tests
+	@$(BIN)/python -m pytest $(ARGS) || { echo "make test: a test failed; the first failure above says which (make test ARGS='-x -k NAME' runs one alone)." >&2; exit 1; }
+
+lint: setup ## style, types and import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean: ## remove .venv, builds and caches (the converted demo model stays in the user's cache)
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
