@@ -186,21 +186,22 @@ def _convert(gguf: Path, target: Path, step: Callable[[str], None]) -> None:
     """GGUF to what `save_pretrained` makes: bfloat16 weights, tokenizer, generation settings."""
     step("loading transformers")
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-    from transformers.utils import logging
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
 
-    logging.disable_progress_bar()  # theirs and ours would fight for the terminal
     source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
     step("unpacking the weights")
     tokenizer = AutoTokenizer.from_pretrained(**source)
     model = AutoModelForCausalLM.from_pretrained(
         **source, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
     )
-    # The weights are plain now; with this left in, vLLM would look for GGUF blocks.
-    del model.config.quantization_config
-    for attribute in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        for config in (model.config, model.generation_config):
-            setattr(config, attribute, getattr(tokenizer, attribute))
+    # The weights are plain now; were this left in, vLLM would look for GGUF blocks.
+    model.config.__dict__.pop("quantization_config", None)
+    # A server stops at the end of an answer only if these are right in both files.
+    ends = {
+        name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+    }
+    model.config.update(ends)
+    model.generation_config = GenerationConfig(**ends)
     step("writing safetensors")
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
@@ -223,4 +224,5 @@ def demo_model(
     ] = None,
 ) -> None:
     """Convert a demo model once and print the path of its folder."""
+    os.environ["TQDM_DISABLE"] = "1"  # the bars of transformers would fight with ours
     print(ensure(model, output))
