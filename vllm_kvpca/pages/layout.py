@@ -129,4 +129,6 @@ class ArchiveLayout:
 
     def scales(self, heads: torch.Tensor, region: Region) -> torch.Tensor:
         """Like `slice`, but (..., block_size, scales) in the scales' dtype."""
+        if not region.width:  # torch cannot reinterpret an empty last dimension
+            return heads.new_empty((*heads.shape[:-1], self.block_size, 0), dtype=SCALE_DTYPE)
         return self.slice(heads, region).view(SCALE_DTYPE)

@@ -40,18 +40,20 @@ class PagePlan:
 def peak_raw_blocks(policy: Policy, raw_block: int, max_model_len: int, batches: int = 1) -> int:
     """Most raw blocks one sequence holds at a time.
 
-    That is a sequence that just passed `compress_after`, plus one tail of recent tokens
-    for each further step in flight (a step's raw blocks are freed one step later).
+    The settled part holds up to compress_after raw tokens, or less than keep_recent + align
+    of them once it is archived; each step in flight adds one such tail, because its
+    predecessor's blocks are freed only after it was processed. The boundary is a multiple
+    of the block size, so no block is split.
     """
-    tail = -(-(policy.keep_recent + policy.align) // raw_block) + 1
-    held = max(-(-policy.compress_after // raw_block) + 1, tail) + batches * tail
+    tail = -(-(policy.keep_recent + policy.align) // raw_block)
+    held = max(-(-policy.compress_after // raw_block), tail) + batches * tail
     return min(-(-max_model_len // raw_block), held)
 
 
-def sequence_blocks(plan: PagePlan, policy: Policy, n: int) -> int:
-    """Blocks of both groups that a settled sequence of `n` tokens occupies."""
-    archived = policy.boundary(n)
-    return -(-(n - archived) // plan.raw_block) + -(-archived // plan.archive_block)
+def sequence_blocks(plan: PagePlan, policy: Policy, max_model_len: int, batches: int = 1) -> int:
+    """Blocks of both groups that vLLM reserves for one sequence of `max_model_len` tokens."""
+    archive = -(-policy.boundary(max_model_len) // plan.archive_block)
+    return archive + peak_raw_blocks(policy, plan.raw_block, max_model_len, batches)
 
 
 def plan_pages(
@@ -61,6 +63,7 @@ def plan_pages(
     compress_after: int,
     keep_recent: int,
     max_model_len: int,
+    batches: int = 1,
     raw_blocks: Iterable[int] = RAW_BLOCKS,
 ) -> PagePlan:
     """The pair of block sizes that fits most tokens of a max_model_len sequence.
@@ -68,6 +71,7 @@ def plan_pages(
     Args:
         raw_bytes, archive_bytes: bytes of one token and head, raw and archived.
         compress_after, keep_recent, max_model_len: tokens.
+        batches: steps that vLLM keeps in flight (2 with async scheduling).
         raw_blocks: candidates for the raw block size.
 
     Raises:
@@ -76,9 +80,7 @@ def plan_pages(
     best: tuple[float, int, PagePlan] | None = None
     for plan in _candidates(raw_bytes, archive_bytes, raw_blocks):
         policy = Policy(compress_after, keep_recent, plan.align)
-        # Averaged over one step of the boundary, else the choice hangs on the remainder.
-        lengths = range(max(1, max_model_len - plan.align + 1), max_model_len + 1, BLOCK_STEP)
-        blocks = sum(sequence_blocks(plan, policy, n) for n in lengths) / len(lengths)
+        blocks = sequence_blocks(plan, policy, max_model_len, batches)
         key = (blocks * plan.raw_block * raw_bytes, plan.align, plan)
         if best is None or key[:2] < best[:2]:
             best = key

@@ -71,12 +71,17 @@ class Preset:
         return self.bases[which][index][heads].contiguous()
 
     def check_model(
-        self, name: str, num_layers: int, num_kv_heads: int, head_dim: int, layers: list[int]
+        self,
+        names: list[str],
+        num_layers: int,
+        num_kv_heads: int,
+        head_dim: int,
+        layers: list[int],
     ) -> None:
         """Refuse a model this preset was not made for.
 
         Args:
-            name: the served model's name or path.
+            names: the model's path and other names; one of them must match the preset's.
             num_layers, num_kv_heads, head_dim: the whole model's shape.
             layers: indices of the layers that would be compressed.
 
@@ -95,13 +100,13 @@ class Preset:
         covered = set(self.config.layers if self.config.layers is not None else range(num_layers))
         if missing := sorted(set(layers) - covered):
             wrong.append(f"no basis for layers {missing}")
-        if not same_model(shape.name, name):
+        if not any(same_model(shape.name, name) for name in names):
             wrong.append(f"model {shape.name}")
         if wrong:
             raise PresetMismatch(
                 f"preset {self.name!r} was calibrated for another model: it has "
-                f"{', '.join(wrong)}; you serve {name!r}. Use a calibration-free format "
-                f"({', '.join(FORMATS)}) or calibrate one: vllm-kvpca calibrate --model {name} "
+                f"{', '.join(wrong)}; you serve {names[0]!r}. Use a calibration-free format "
+                f"({', '.join(FORMATS)}) or calibrate one: vllm-kvpca calibrate --model {names[0]} "
                 f"--format {self.config.format} --text FILES --output DIR."
             )
 

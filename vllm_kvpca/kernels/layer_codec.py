@@ -1,0 +1,84 @@
+"""The codec of one layer on one rank: a page layout and the bases of its KV heads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from vllm_kvpca.codec.bands import Band, decode_bands, encode_bands, stored_width
+from vllm_kvpca.pages.layout import ArchiveLayout
+
+
+@dataclass(frozen=True)
+class LayerCodec:
+    """Encodes head vectors and rotates queries and outputs.
+
+    Attributes:
+        layout: where codes and scales lie in a page.
+        k_basis, v_basis: (kv_heads, head_dim, head_dim) float32; None is the identity.
+        dtype: the model's dtype, in which 16-bit bands are stored.
+    """
+
+    layout: ArchiveLayout
+    k_basis: torch.Tensor | None
+    v_basis: torch.Tensor | None
+    dtype: torch.dtype
+
+    def encode(self, x: torch.Tensor, which: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes and scales of head vectors.
+
+        Args:
+            x: (tokens, kv_heads, head_dim) in the model's dtype.
+            which: "k" or "v".
+
+        Returns:
+            (tokens, kv_heads, code_bytes) uint8, (tokens, kv_heads, num_scales) bfloat16.
+        """
+        basis = self.k_basis if which == "k" else self.v_basis
+        if basis is not None:
+            x = torch.einsum("thd,hdc->thc", x.float(), basis)
+        return encode_bands(x, self.bands(which))
+
+    def decode(self, codes: torch.Tensor, scales: torch.Tensor, which: str) -> torch.Tensor:
+        """Stored components in float32: (..., stored_width)."""
+        return decode_bands(codes, scales, self.bands(which), raw_dtype=self.dtype)
+
+    def bands(self, which: str) -> tuple[Band, ...]:
+        return self.layout.k_bands if which == "k" else self.layout.v_bands
+
+    def rotate_query(self, query: torch.Tensor) -> torch.Tensor:
+        """Queries in K's component space, so that q . k = (B^T q) . (B^T k).
+
+        Args:
+            query: (batch, kv_heads, rows, head_dim) float32.
+
+        Returns:
+            (batch, kv_heads, rows, stored_width).
+        """
+        if self.k_basis is not None:
+            query = query @ self.k_basis
+        return query[..., self._stored("k", query.device)]
+
+    def restore_output(self, output: torch.Tensor) -> torch.Tensor:
+        """Head vectors from the weighted sum of V's components: one product with B^T.
+
+        Args:
+            output: (batch, kv_heads, rows, stored_width) float32.
+
+        Returns:
+            (batch, kv_heads, rows, head_dim).
+        """
+        if self.v_basis is None:
+            return output
+        return output @ self.v_basis[..., self._stored("v", output.device)].transpose(-1, -2)
+
+    def _stored(self, which: str, device: torch.device) -> slice | torch.Tensor:
+        bands = self.bands(which)
+        width = stored_width(bands)
+        if all(band.bits for band in bands):
+            return slice(None)
+        kept = [torch.full((band.width,), band.bits > 0, device=device) for band in bands]
+        index = torch.cat(kept).nonzero().squeeze(-1)
+        assert len(index) == width
+        return index

@@ -1,0 +1,189 @@
+"""The kernels in plain torch: exact in what they compute, batched, on any device.
+
+Slots address tokens in a cache: slot = block * block_size + offset; -1 means "nowhere".
+Grouped query heads are folded into rows: (batch, kv_heads, tokens * group, head_dim), so a
+KV head is read once for all its query heads.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from vllm_kvpca.kernels.layer_codec import LayerCodec
+from vllm_kvpca.pages.layout import ArchiveLayout
+from vllm_kvpca.kernels.softmax import (
+    Partial,
+    causal_attention,
+    length_mask,
+    merge,
+    partial_attention,
+)
+
+TILE_TOKENS = 8192
+"""Archived tokens (batch times length) expanded to float32 at a time: bounds the workspace."""
+
+
+def store(recent: torch.Tensor, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:
+    """Write raw tokens into recent pages.
+
+    Args:
+        recent: (blocks, kv_heads, raw_block, 2 * head_dim) in the model's dtype.
+        key, value: (tokens, kv_heads, head_dim).
+        slots: (tokens,) int64; -1 leaves the cache untouched.
+    """
+    keep = slots >= 0
+    slots = slots[keep]
+    block, offset = slots // recent.shape[2], slots % recent.shape[2]
+    recent[block, :, offset] = torch.cat([key[keep], value[keep]], -1).to(recent.dtype)
+
+
+def load_recent(recent: torch.Tensor, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Raw K and V, each (tokens, kv_heads, head_dim), of slots that are all valid."""
+    both = recent[slots // recent.shape[2], :, slots % recent.shape[2]]
+    key, value = both.chunk(2, -1)
+    return key, value
+
+
+def archive(
+    pages: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    slots: torch.Tensor,
+    codec: LayerCodec,
+) -> None:
+    """Encode tokens and write them into archive pages.
+
+    Args:
+        pages: (blocks, kv_heads, head_bytes) uint8.
+        key, value: (tokens, kv_heads, head_dim) in the model's dtype.
+        slots: (tokens,) int64; -1 leaves the cache untouched.
+    """
+    layout = codec.layout
+    keep = slots >= 0
+    slots = slots[keep]
+    block, offset = slots // layout.block_size, slots % layout.block_size
+    for which, x, codes_at, scales_at in (
+        ("k", key, layout.k_codes, layout.k_scales),
+        ("v", value, layout.v_codes, layout.v_scales),
+    ):
+        codes, scales = codec.encode(x[keep], which)
+        layout.slice(pages, codes_at)[block, :, offset] = codes
+        if scales_at.width:
+            layout.scales(pages, scales_at)[block, :, offset] = scales
+
+
+def attend_archive(
+    query: torch.Tensor,
+    pages: torch.Tensor,
+    table: torch.Tensor,
+    lengths: torch.Tensor,
+    codec: LayerCodec,
+    scale: float,
+    soft_cap: float | None = None,
+) -> Partial:
+    """Attention over archived tokens, in component space.
+
+    Args:
+        query: (batch, kv_heads, rows, head_dim) float32, rows = tokens * group.
+        pages: (blocks, kv_heads, head_bytes) uint8.
+        table: (batch, width) block ids; entries past a length are not used.
+        lengths: (batch,) archived tokens per sequence.
+
+    Returns:
+        Partial in head space: out (batch, kv_heads, rows, head_dim).
+    """
+    layout = codec.layout
+    rotated = codec.rotate_query(query)
+    step = max(1, TILE_TOKENS // (layout.block_size * len(table)))
+    result: Partial | None = None
+    for first in range(0, table.shape[1], step):
+        tile = _load_archive_tile(pages, table[:, first : first + step], lengths, first, layout)
+        key = codec.decode(
+            layout.slice(tile, layout.k_codes), layout.scales(tile, layout.k_scales), "k"
+        ).flatten(2, 3)
+        value = codec.decode(
+            layout.slice(tile, layout.v_codes), layout.scales(tile, layout.v_scales), "v"
+        ).flatten(2, 3)
+        mask = length_mask(lengths, first * layout.block_size, key.shape[2])
+        part = partial_attention(rotated, key, value, mask, scale, soft_cap)
+        result = part if result is None else merge(result, part)
+    assert result is not None, "a batch without archived tokens must not get here"
+    return Partial(codec.restore_output(result.out), result.lse)
+
+
+def _load_archive_tile(
+    pages: torch.Tensor,
+    table: torch.Tensor,
+    lengths: torch.Tensor,
+    first: int,
+    layout: ArchiveLayout,
+) -> torch.Tensor:
+    """(batch, kv_heads, blocks, head_bytes) of some pages, zero beyond each length."""
+    tile = pages[table.long()]
+    sequence, block, token = _beyond(lengths, first, table.shape[1], layout.block_size)
+    for region in (layout.k_codes, layout.v_codes, layout.k_scales, layout.v_scales):
+        layout.slice(tile, region)[sequence, block, :, token] = 0
+    return tile.transpose(1, 2)
+
+
+def _beyond(
+    lengths: torch.Tensor, first: int, blocks: int, block_size: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(sequence, block, token) of every loaded position at or past its sequence's length.
+
+    Such positions hold whatever the page's last owner left, NaN included; a mask on the
+    scores alone would let it through.
+    """
+    position = torch.arange(blocks * block_size, device=lengths.device) + first * block_size
+    sequence, index = (position[None, :] >= lengths[:, None]).nonzero(as_tuple=True)
+    return sequence, index // block_size, index % block_size
+
+
+def attend_recent(
+    query: torch.Tensor,
+    recent: torch.Tensor,
+    table: torch.Tensor,
+    lengths: torch.Tensor,
+    scale: float,
+    soft_cap: float | None = None,
+) -> Partial:
+    """Attention over raw tokens in recent pages.
+
+    Args:
+        query: (batch, kv_heads, rows, head_dim) float32.
+        recent: (blocks, kv_heads, raw_block, 2 * head_dim).
+        table: (batch, width) block ids, starting with each sequence's first raw block.
+        lengths: (batch,) raw tokens per sequence.
+    """
+    tile = recent[table.long()]
+    sequence, block, token = _beyond(lengths, 0, table.shape[1], recent.shape[2])
+    tile[sequence, block, :, token] = 0
+    key, value = tile.transpose(1, 2).flatten(2, 3).float().chunk(2, -1)
+    mask = length_mask(lengths, 0, key.shape[2])
+    return partial_attention(query, key, value, mask, scale, soft_cap)
+
+
+def attend_new(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    group: int,
+    scale: float,
+    soft_cap: float | None = None,
+) -> Partial:
+    """Causal attention of a step's new tokens over themselves.
+
+    Args:
+        query: (batch, kv_heads, tokens * group, head_dim) float32, row = token * group + g.
+        key, value: (batch, kv_heads, tokens, head_dim) float32. Padding follows the real
+            tokens, so causality hides it from them.
+    """
+    batch, heads, tokens, dim = key.shape
+    # One query head per row of heads: then plain causality applies, half the products of a
+    # full mask, and the fused CPU kernel can be used.
+    query = query.view(batch, heads, tokens, group, dim).transpose(2, 3).flatten(1, 2)
+    key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    part = causal_attention(query, key, value, scale, soft_cap)
+    out = part.out.view(batch, heads, group, tokens, dim).transpose(2, 3).flatten(2, 3)
+    lse = part.lse.view(batch, heads, group, tokens).transpose(2, 3).flatten(2, 3)
+    return Partial(out, lse)

@@ -1,0 +1,147 @@
+"""The attention backend that vLLM selects for full-attention layers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionCGSupport,
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+    MultipleOf,
+)
+from vllm.v1.kv_cache_interface import KVCacheLayout
+
+from vllm_kvpca.pages.plan import BLOCK_STEP
+from vllm_kvpca.serving.attention import KvpcaAttentionImpl
+from vllm_kvpca.serving.batch import Step, StepInput, plan_step
+from vllm_kvpca.serving.groups import ArchiveSpec, RecentSpec
+from vllm_kvpca.serving.layers import ArchiveLayer
+from vllm_kvpca.serving.log import logger
+from vllm_kvpca.serving.options import CompressionOptions
+
+
+class KvpcaBackend(AttentionBackend):
+    """Backend of the attention layers themselves (group R)."""
+
+    forward_includes_kv_cache_update = True
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.bfloat16, torch.float16]
+    supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto", "bfloat16", "float16"]
+
+    @staticmethod
+    def get_name() -> str:
+        # A name of our own would be unknown to spawned processes, which unpickle the
+        # configuration before they load plugins.
+        return "CUSTOM"
+
+    @staticmethod
+    def get_impl_cls() -> type[KvpcaAttentionImpl]:
+        return KvpcaAttentionImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[KvpcaMetadataBuilder]:
+        return KvpcaMetadataBuilder
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
+        return [MultipleOf(BLOCK_STEP)]
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        # Each head's part of a page must be one run of bytes (pages.layout).
+        return (KVCacheLayout.LBHNC, KVCacheLayout.BLHNC)
+
+    @classmethod
+    def supports_kv_connector(cls) -> bool:
+        return False
+
+
+class ArchiveBackend(KvpcaBackend):
+    """Backend of the archive pages (group C): it only brings their block table."""
+
+
+@dataclass
+class KvpcaMetadata(AttentionMetadata):
+    """One group's view of a step; tensors as vLLM passes them."""
+
+    query_start: torch.Tensor
+    lengths: torch.Tensor
+    block_table: torch.Tensor
+    spec: RecentSpec | ArchiveSpec
+    _step: Step | None = None
+
+    def step(self, archive: KvpcaMetadata) -> Step:
+        """The step's work for both groups; planned by the first layer that asks."""
+        if self._step is None:
+            device = self.block_table.device
+            step = plan_step(
+                StepInput(
+                    query_start=self.query_start.cpu(),
+                    lengths=self.lengths.cpu(),
+                    recent_table=self.block_table.cpu(),
+                    archive_table=archive.block_table.cpu(),
+                    recent_block=self.spec.block_size,
+                    archive_block=archive.spec.block_size,
+                    policy=self.spec.policy,
+                )
+            )
+            self._step = step.to(device)
+        return self._step
+
+
+class KvpcaMetadataBuilder(AttentionMetadataBuilder[KvpcaMetadata]):
+    """Builds the metadata of either group."""
+
+    _cudagraph_support = AttentionCGSupport.NEVER
+
+    def __init__(
+        self,
+        kv_cache_spec: RecentSpec | ArchiveSpec,
+        layer_names: list[str],
+        vllm_config: Any,
+        device: torch.device,
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self.spec = kv_cache_spec
+        if isinstance(kv_cache_spec, ArchiveSpec) and vllm_config.parallel_config.rank == 0:
+            _log_coverage(vllm_config, kv_cache_spec)
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
+    ) -> KvpcaMetadata:
+        common = common_attn_metadata
+        return KvpcaMetadata(
+            common.query_start_loc, common.seq_lens, common.block_table_tensor, self.spec
+        )
+
+
+def _log_coverage(vllm_config: Any, spec: ArchiveSpec) -> None:
+    """Say which layers are compressed and which are left to vLLM, by kind, with counts."""
+    kinds: Counter[str] = Counter()
+    for layer in vllm_config.compilation_config.static_forward_context.values():
+        if isinstance(layer, ArchiveLayer):
+            kinds["compressed full attention"] += 1
+        elif isinstance(layer, AttentionLayerBase):
+            layer_spec = layer.get_kv_cache_spec(vllm_config)
+            if layer_spec is not None and not isinstance(layer_spec, RecentSpec):
+                kinds[f"left to vLLM: {type(layer_spec).__name__.removesuffix('Spec')}"] += 1
+    options = CompressionOptions.of(vllm_config)
+    assert options is not None
+    raw = 4 * spec.head_size
+    logger.info(
+        "KV compression: preset %s, layers: %s; archived token %d bytes per head against %d raw "
+        "(total ratio %.2fx); sequences over %d tokens keep the last %d raw, in steps of %d.",
+        options.preset,
+        ", ".join(f"{count} {kind}" for kind, count in kinds.items()),
+        spec.state_content_size_bytes,
+        raw,
+        raw / spec.state_content_size_bytes,
+        options.compress_after,
+        options.keep_recent,
+        spec.policy.align,
+    )

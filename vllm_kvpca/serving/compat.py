@@ -1,0 +1,241 @@
+"""Every place where vLLM is changed from outside, and what each waits for.
+
+Each function is applied once per class however often the plugin is loaded. Nothing here
+has an effect unless an engine asks for KV compression.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from vllm_kvpca.serving.options import (
+    DEFAULT_COMPRESS_AFTER,
+    DEFAULT_KEEP_RECENT,
+    KEY,
+    CompressionOptions,
+    cached_preset,
+    check_engine,
+)
+
+BACKEND_KIND = "full_attention"
+
+
+def apply() -> None:
+    """Apply all of them; safe to call again."""
+    for change in (
+        add_flags,
+        select_backend,
+        allow_backend_on_cpu,
+        carry_cache_stats,
+        add_stat_logger,
+    ):
+        change()
+
+
+def _wrap_once(owner: type, name: str, make: Callable[[Any], Any], kind: type | None = None) -> None:
+    """Replace owner.name by make(original), once."""
+    current = owner.__dict__[name]
+    function = getattr(current, "__func__", current)
+    if hasattr(function, "_kvpca"):
+        return
+    wrapper = functools.wraps(function)(make(function))
+    wrapper._kvpca = True
+    setattr(owner, name, kind(wrapper) if kind else wrapper)
+
+
+# -- flags: waits for a way to add engine arguments from a general plugin ----------------
+
+
+class _StoreOption(argparse.Action):
+    """Keeps a flag in `additional_config` at once: further API-server processes get the
+    parsed namespace and run vLLM's own `from_cli_args`."""
+
+    def __call__(
+        self, parser: Any, namespace: Any, values: Any, option_string: str | None = None
+    ) -> None:
+        setattr(namespace, self.dest, values)
+        namespace.additional_config = _with_flags(namespace, namespace.additional_config)
+
+
+_FLAGS: dict[str, str] = {
+    "kv_compression_preset": "preset",
+    "kv_compress_after": "compress_after",
+    "kv_keep_recent": "keep_recent",
+}
+
+
+def _with_flags(namespace: Any, additional_config: Any) -> dict[str, Any]:
+    config = dict(additional_config or {})
+    flags = {key: getattr(namespace, dest, None) for dest, key in _FLAGS.items()}
+    flags = {key: value for key, value in flags.items() if value is not None}
+    if flags:
+        config[KEY] = {**(config.get(KEY) or {}), **flags}
+    return config
+
+
+def add_flags() -> None:
+    """`vllm serve --kv-compression-preset ... --kv-compress-after ... --kv-keep-recent ...`"""
+    from vllm.engine.arg_utils import EngineArgs
+
+    def add_cli_args(original: Any) -> Any:
+        def wrapper(parser: Any) -> Any:
+            parser = original(parser)
+            group = parser.add_argument_group(
+                title="KV compression",
+                description="vllm-kvpca: store the KV cache of full-attention layers compressed.",
+            )
+            group.add_argument(
+                "--kv-compression-preset",
+                action=_StoreOption,
+                metavar="NAME_OR_PATH",
+                help="A shipped preset (`vllm-kvpca presets` lists them), a preset folder, or a "
+                "Hub repository. Without it nothing is compressed.",
+            )
+            group.add_argument(
+                "--kv-compress-after",
+                action=_StoreOption,
+                type=int,
+                metavar="TOKENS",
+                help="Sequences of at most this many tokens stay raw "
+                f"(default: {DEFAULT_COMPRESS_AFTER}).",
+            )
+            group.add_argument(
+                "--kv-keep-recent",
+                action=_StoreOption,
+                type=int,
+                metavar="TOKENS",
+                help="Tokens at the end of a longer sequence that stay raw "
+                f"(default: {DEFAULT_KEEP_RECENT}).",
+            )
+            return parser
+
+        return wrapper
+
+    def from_cli_args(original: Any) -> Any:
+        def wrapper(cls: Any, args: Any) -> Any:
+            # A later --additional-config on the command line would have dropped our key.
+            engine_args = original(cls, args)
+            engine_args.additional_config = _with_flags(args, engine_args.additional_config)
+            return engine_args
+
+        return wrapper
+
+    _wrap_once(EngineArgs, "add_cli_args", add_cli_args, staticmethod)
+    _wrap_once(EngineArgs, "from_cli_args", from_cli_args, classmethod)
+
+
+# -- backend choice: waits for a config hook for general plugins -------------------------
+
+
+def select_backend() -> None:
+    """Route full-attention layers to our backend, and refuse what cannot be compressed."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    def create_engine_config(original: Any) -> Any:
+        def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+            values = (self.additional_config or {}).get(KEY)
+            if values is None:
+                return original(self, *args, **kwargs)
+            options = CompressionOptions.parse(values)
+            preset = cached_preset(options.preset)
+            self.additional_config = {**self.additional_config, KEY: options.model_dump()}
+            _use_our_backend(self.attention_config)
+            config = original(self, *args, **kwargs)
+            check_engine(config, preset)
+            return config
+
+        return wrapper
+
+    _wrap_once(EngineArgs, "create_engine_config", create_engine_config)
+
+
+def _use_our_backend(attention_config: Any) -> None:
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    kinds = {**attention_config.backend_per_kind, BACKEND_KIND: AttentionBackendEnum.CUSTOM}
+    attention_config.backend_per_kind = kinds
+
+
+# -- CPU: waits for CpuPlatform.get_attn_backend_cls to honour a registered backend ------
+
+
+def allow_backend_on_cpu() -> None:
+    """vLLM's CPU platform answers CPU_ATTN whatever was selected; let ours through."""
+    from vllm.platforms.cpu import CpuPlatform
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    def get_attn_backend_cls(original: Any) -> Any:
+        def wrapper(cls: Any, selected_backend: Any, attn_selector_config: Any, *args: Any, **kw: Any) -> Any:
+            if selected_backend is not AttentionBackendEnum.CUSTOM:
+                return original(cls, selected_backend, attn_selector_config, *args, **kw)
+            reasons = selected_backend.get_class().validate_configuration(
+                device_capability=None, **attn_selector_config._asdict()
+            )
+            if reasons:
+                raise ValueError(
+                    f"KV compression does not support this model: {', '.join(reasons)}. "
+                    "Serve it without --kv-compression-preset."
+                )
+            return selected_backend.get_path()
+
+        return wrapper
+
+    _wrap_once(CpuPlatform, "get_attn_backend_cls", get_attn_backend_cls, classmethod)
+
+
+# -- figures: waits for SchedulerStats to carry plugin data ------------------------------
+
+
+def carry_cache_stats() -> None:
+    """An optional field of SchedulerStats: vLLM's serializer then carries it along."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.metrics.stats import SchedulerStats
+
+    if "kvpca" not in SchedulerStats.__dataclass_fields__:
+        field: Any = dataclasses.field(default=None)
+        field.name, field.type, field.kw_only = "kvpca", "dict[str, float] | None", False
+        field._field_type = dataclasses._FIELD  # type: ignore[attr-defined]
+        SchedulerStats.kvpca = None
+        SchedulerStats.__annotations__["kvpca"] = dict[str, float] | None
+        SchedulerStats.__dataclass_fields__["kvpca"] = field
+
+    def make_stats(original: Any) -> Any:
+        def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+            stats = original(self, *args, **kwargs)
+            if stats is not None:
+                from vllm_kvpca.serving.cache_stats import cache_stats
+
+                stats.kvpca = cache_stats(self)
+            return stats
+
+        return wrapper
+
+    _wrap_once(Scheduler, "make_stats", make_stats)
+
+
+# -- stat logger: waits for stat-logger plugins that do not switch statistics on ---------
+
+
+def add_stat_logger() -> None:
+    """Add our stat logger to engines that compress.
+
+    vLLM has an entry point for stat loggers, but a logger found there overrules
+    --disable-log-stats in every engine, compressed or not.
+    """
+    from vllm.v1.metrics.loggers import StatLoggerManager
+
+    def init(original: Any) -> Any:
+        def wrapper(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+            original(self, vllm_config, *args, **kwargs)
+            if KEY in (vllm_config.additional_config or {}):
+                from vllm_kvpca.serving.stat_logger import KvpcaStatLogger
+
+                self.stat_loggers.append(KvpcaStatLogger(vllm_config, self.engine_indexes))
+
+        return wrapper
+
+    _wrap_once(StatLoggerManager, "__init__", init)

@@ -1,0 +1,154 @@
+"""The options of one engine, and the vLLM settings they cannot be combined with.
+
+Options travel in `VllmConfig.additional_config["kv_compression"]`: it reaches every process
+and is part of vLLM's compile-cache key.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+
+from vllm_kvpca.codec.policy import Policy
+from vllm_kvpca.errors import OptionsError, UnsupportedError
+from vllm_kvpca.preset import Preset, load_preset
+from vllm_kvpca.preset.files import list_shipped
+
+KEY = "kv_compression"
+DEFAULT_COMPRESS_AFTER = 512
+DEFAULT_KEEP_RECENT = 256
+
+
+class CompressionOptions(BaseModel):
+    """What the user asked for.
+
+    Attributes:
+        preset: a preset folder, a Hub repository or a shipped name.
+        compress_after, keep_recent: tokens; see codec.policy.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    preset: str
+    compress_after: int = DEFAULT_COMPRESS_AFTER
+    keep_recent: int = DEFAULT_KEEP_RECENT
+
+    @field_validator("compress_after", "keep_recent", mode="before")
+    @classmethod
+    def _default(cls, value: Any, info: Any) -> Any:
+        return cls.model_fields[info.field_name].default if value is None else value
+
+    @classmethod
+    def parse(cls, values: Any) -> CompressionOptions:
+        """Options from a dictionary.
+
+        Raises:
+            OptionsError: unknown keys, wrong types, or thresholds that make no sense.
+        """
+        if not isinstance(values, dict):
+            raise OptionsError(f'additional_config["{KEY}"] must be a dictionary, got {values!r}.')
+        if not values.get("preset"):
+            raise OptionsError(
+                "KV compression needs a preset: add --kv-compression-preset NAME_OR_PATH "
+                f'(or "preset" in additional_config["{KEY}"]). '
+                f"Shipped: {', '.join(list_shipped())}."
+            )
+        try:
+            options = cls.model_validate(values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise OptionsError(
+                f'additional_config["{KEY}"]: {where}: {first["msg"]}. '
+                f"Known options: {', '.join(cls.model_fields)}."
+            ) from error
+        Policy(options.compress_after, options.keep_recent)
+        return options
+
+    @classmethod
+    def of(cls, vllm_config: Any) -> CompressionOptions | None:
+        """Options of an engine, None if compression is off."""
+        values = (vllm_config.additional_config or {}).get(KEY)
+        return None if values is None else cls.parse(values)
+
+
+@lru_cache(maxsize=4)
+def cached_preset(name: str) -> Preset:
+    """A preset, loaded once per process: every attention layer asks for it."""
+    return load_preset(name)
+
+
+def check_engine(vllm_config: Any, preset: Preset) -> None:
+    """Refuse what cannot be served compressed, before any process or memory is taken.
+
+    Raises:
+        UnsupportedError: naming each option that is in the way.
+        PresetMismatch: the preset belongs to another model.
+    """
+    problems = [text for wrong, text in _unsupported(vllm_config) if wrong]
+    if problems:
+        raise UnsupportedError(
+            "KV compression cannot be combined with: " + "; ".join(problems) + ". "
+            "Drop those options, or serve without --kv-compression-preset."
+        )
+    model = vllm_config.model_config
+    preset.check_model(
+        model_names(model),
+        model.get_total_num_hidden_layers(),
+        model.get_total_num_kv_heads(),
+        model.get_head_size(),
+        full_attention_layers(model),
+    )
+    preset.layout(model.get_head_size())
+
+
+def _unsupported(config: Any) -> list[tuple[bool, str]]:
+    """(whether it is set, what to tell the user) for everything that is not supported yet."""
+    model, cache, parallel = config.model_config, config.cache_config, config.parallel_config
+    events = config.kv_events_config
+    return [
+        (config.kv_transfer_config is not None, "KV transfer and offloading (--kv-transfer-config)"),
+        (cache.kv_offloading_size is not None, "KV offloading (--kv-offloading-size)"),
+        (config.speculative_config is not None, "speculative decoding (--speculative-config)"),
+        (parallel.decode_context_parallel_size > 1, "--decode-context-parallel-size above 1"),
+        (parallel.prefill_context_parallel_size > 1, "--prefill-context-parallel-size above 1"),
+        (parallel.pipeline_parallel_size > 1, "--pipeline-parallel-size above 1"),
+        (parallel.use_ubatching, "micro-batching (--enable-dbo)"),
+        (
+            cache.cache_dtype not in ("auto", "bfloat16", "float16"),
+            f"--kv-cache-dtype {cache.cache_dtype} (a preset defines the stored format; use auto)",
+        ),
+        (cache.kv_sharing_fast_prefill, "--kv-sharing-fast-prefill"),
+        (events is not None and events.enable_kv_cache_events, "KV cache events"),
+        (
+            bool(config.scheduler_config.disable_hybrid_kv_cache_manager),
+            "--disable-hybrid-kv-cache-manager",
+        ),
+        (model.runner_type != "generate", f"--runner {model.runner_type}"),
+        (model.is_encoder_decoder, "encoder-decoder models"),
+        (model.use_mla, "MLA models"),
+        (model.is_mm_prefix_lm, "models with bidirectional attention over images"),
+        (model.rswa_window is not None, "models with reference sliding windows"),
+        (
+            str(model.dtype) not in ("torch.bfloat16", "torch.float16"),
+            f"--dtype {str(model.dtype).removeprefix('torch.')} (use bfloat16 or float16)",
+        ),
+    ]
+
+
+def model_names(model_config: Any) -> list[str]:
+    """Names under which a model may be known: path, served names, the name in its config."""
+    served = model_config.served_model_name
+    names = [model_config.model, *([served] if isinstance(served, str) else served or [])]
+    names.append(getattr(model_config.hf_config, "_name_or_path", ""))
+    return [name for name in dict.fromkeys(names) if name]
+
+
+def full_attention_layers(model_config: Any) -> list[int]:
+    """Indices of the full-attention layers, as far as the model's config tells them apart."""
+    kinds = getattr(model_config.hf_text_config, "layer_types", None)
+    if kinds is None:
+        return list(range(model_config.get_total_num_hidden_layers()))
+    return [index for index, kind in enumerate(kinds) if kind == "full_attention"]
