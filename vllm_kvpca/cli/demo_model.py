@@ -41,8 +41,8 @@ class DemoModel:
 
     parts: (importable package, file inside it) in the order in which they are joined.
     sha256: of the joined file.
-    splits_digits: the model was trained on digits cut apart before anything else. The GGUF file says
-        so by name ("smollm"), which transformers does not read, and "  7" becomes other tokens.
+    splits_digits: the model was trained on digits cut apart before anything else. The GGUF file
+        says so by name ("smollm"), which transformers does not read; "  7" would be other tokens.
     """
 
     folder: str
