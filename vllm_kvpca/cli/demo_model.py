@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -26,7 +26,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from vllm_kvpca.errors import SetupError
 
 # Raised when the conversion changes, so that folders made by an older one are made anew.
-CONVERSION = 2
+CONVERSION = 3
 MARKER = "vllm-kvpca-demo-model.txt"
 
 
@@ -43,6 +43,8 @@ class DemoModel:
     sha256: of the joined file.
     splits_digits: the model was trained on digits cut apart before anything else. The GGUF file
         says so by name ("smollm"), which transformers does not read; "  7" would be other tokens.
+    begins_with_bos: every text starts with the token <bos>; without it the model babbles. The GGUF
+        file says so too, and the tokenizer made from it forgets it.
     """
 
     folder: str
@@ -50,6 +52,7 @@ class DemoModel:
     parts: tuple[tuple[str, str], ...]
     sha256: str
     splits_digits: bool = False
+    begins_with_bos: bool = False
 
     @property
     def marker(self) -> str:
@@ -75,6 +78,7 @@ MODELS = {
             for i in range(4)
         ),
         sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        begins_with_bos=True,
     ),
 }
 
@@ -190,15 +194,12 @@ def _convert(gguf: Path, target: Path, demo: DemoModel, step: Callable[[str], No
     """GGUF to what `save_pretrained` makes: bfloat16 weights, tokenizer, generation settings."""
     step("loading transformers")
     import torch
-    from tokenizers.pre_tokenizers import Digits, Sequence
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
 
     source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
     step("unpacking the weights")
     tokenizer = AutoTokenizer.from_pretrained(**source)
-    if demo.splits_digits:
-        bpe = tokenizer.backend_tokenizer
-        bpe.pre_tokenizer = Sequence([Digits(individual_digits=True), bpe.pre_tokenizer])
+    _mend_tokenizer(tokenizer, demo)
     model = AutoModelForCausalLM.from_pretrained(
         **source, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
     )
@@ -213,6 +214,23 @@ def _convert(gguf: Path, target: Path, demo: DemoModel, step: Callable[[str], No
     step("writing safetensors")
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
+
+
+def _mend_tokenizer(tokenizer: Any, demo: DemoModel) -> None:
+    """Put back what the GGUF file says about the tokenizer and transformers does not read."""
+    from tokenizers.pre_tokenizers import Digits, Sequence
+    from tokenizers.processors import TemplateProcessing
+
+    fast = tokenizer.backend_tokenizer
+    if demo.splits_digits:
+        fast.pre_tokenizer = Sequence([Digits(individual_digits=True), fast.pre_tokenizer])
+    if demo.begins_with_bos:
+        bos = tokenizer.bos_token
+        fast.post_processor = TemplateProcessing(
+            single=f"{bos} $A",
+            pair=f"{bos} $A {bos}:1 $B:1",
+            special_tokens=[(bos, tokenizer.bos_token_id)],
+        )
 
 
 def _move_into_place(converted: Path, target: Path, model: DemoModel) -> None:
