@@ -101,9 +101,9 @@ def ensure(name: ModelName, output: Path | None = None, console: Console | None 
     target = output or default_folder(name)
     if _is_current(target, model):
         return target
-    if target.exists() and any(target.iterdir()) and not (target / MARKER).exists():
+    if _is_foreign(target):
         raise SetupError(
-            f"{target} is not empty and holds no demo model; name another folder with --output."
+            f"{target} is there already and is no demo model; name another folder with --output."
         )
     parts = _find_parts(model)
     _require("gguf", "accelerate")
@@ -125,6 +125,13 @@ def ensure(name: ModelName, output: Path | None = None, console: Console | None 
 def _is_current(folder: Path, model: DemoModel) -> bool:
     marker = folder / MARKER
     return marker.is_file() and marker.read_text() == model.marker
+
+
+def _is_foreign(path: Path) -> bool:
+    """Whether there is something at `path` that is not ours to replace."""
+    if not path.is_dir():
+        return path.exists()
+    return any(path.iterdir()) and not (path / MARKER).exists()
 
 
 def _find_parts(model: DemoModel) -> list[Path]:
