@@ -1,4 +1,4 @@
-"""demo-model: refusals and the cache with a stand-in model; one real conversion, kept in the cache."""
+"""demo-model: refusals and the cache with a stand-in model, and one real conversion."""
 
 import hashlib
 import io
