@@ -86,10 +86,13 @@ mend_cpu_build() {
 # What everything else stands on; finding out here beats a traceback in the middle of a test.
 check() {
     say "checking the environment"
-    "$VENV/bin/python" -c 'from transformers import LlamaForCausalLM; import vllm_kvpca' ||
-        fail "transformers or the plugin cannot be imported; remove the folder $VENV and run this again."
-    "$VENV/bin/vllm" --version >/dev/null ||
-        fail "the vllm command does not start; remove the folder $VENV and run this again."
+    local output
+    output=$("$VENV/bin/python" -c 'from transformers import LlamaForCausalLM; import vllm_kvpca' 2>&1) ||
+        fail "transformers or the plugin cannot be imported; remove the folder $VENV and run this again.
+$output"
+    output=$("$VENV/bin/vllm" --version 2>&1) ||
+        fail "the vllm command does not start; remove the folder $VENV and run this again.
+$output"
 }
 
 main() {
