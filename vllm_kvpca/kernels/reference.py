@@ -10,7 +10,6 @@ from __future__ import annotations
 import torch
 
 from vllm_kvpca.kernels.layer_codec import LayerCodec
-from vllm_kvpca.pages.layout import ArchiveLayout
 from vllm_kvpca.kernels.softmax import (
     Partial,
     causal_attention,
@@ -18,12 +17,15 @@ from vllm_kvpca.kernels.softmax import (
     merge,
     partial_attention,
 )
+from vllm_kvpca.pages.layout import ArchiveLayout
 
 TILE_TOKENS = 8192
 """Archived tokens (batch times length) expanded to float32 at a time: bounds the workspace."""
 
 
-def store(recent: torch.Tensor, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:
+def store(
+    recent: torch.Tensor, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor
+) -> None:
     """Write raw tokens into recent pages.
 
     Args:

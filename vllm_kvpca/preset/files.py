@@ -1,9 +1,9 @@
 """Load, save and find presets. A preset is untrusted input: no pickle, limits on every size.
 
-    <folder>/config.json          PresetConfig
-    <folder>/basis.safetensors    "k_basis", "v_basis": (layers, kv_heads, head_dim, head_dim)
-                                  float32 or float16, only for calibrated formats
-    <folder>/README.md            the card: where it comes from, what was measured
+<folder>/config.json          PresetConfig
+<folder>/basis.safetensors    "k_basis", "v_basis": (layers, kv_heads, head_dim, head_dim)
+                              float32 or float16, only for calibrated formats
+<folder>/README.md            the card: where it comes from, what was measured
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from vllm_kvpca.codec.basis import hadamard_basis, identity_basis, orthonormality_error
+from vllm_kvpca.codec.basis import hadamard_basis, orthonormality_error
 from vllm_kvpca.errors import PresetInvalid, PresetMismatch, PresetNotFound
 from vllm_kvpca.pages.layout import ArchiveLayout
 from vllm_kvpca.preset.formats import FORMATS

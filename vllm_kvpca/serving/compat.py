@@ -36,7 +36,9 @@ def apply() -> None:
         change()
 
 
-def _wrap_once(owner: type, name: str, make: Callable[[Any], Any], kind: type | None = None) -> None:
+def _wrap_once(
+    owner: type, name: str, make: Callable[[Any], Any], kind: type | None = None
+) -> None:
     """Replace owner.name by make(original), once."""
     current = owner.__dict__[name]
     function = getattr(current, "__func__", current)
@@ -169,7 +171,9 @@ def allow_backend_on_cpu() -> None:
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
     def get_attn_backend_cls(original: Any) -> Any:
-        def wrapper(cls: Any, selected_backend: Any, attn_selector_config: Any, *args: Any, **kw: Any) -> Any:
+        def wrapper(
+            cls: Any, selected_backend: Any, attn_selector_config: Any, *args: Any, **kw: Any
+        ) -> Any:
             if selected_backend is not AttentionBackendEnum.CUSTOM:
                 return original(cls, selected_backend, attn_selector_config, *args, **kw)
             reasons = selected_backend.get_class().validate_configuration(

@@ -270,6 +270,7 @@ class ArchiveManager(_GroupManager):
             request, archived, retention_interval, replay_boundaries=replay_boundaries
         )
 
+
 def register_specs() -> None:
     """Tell vLLM which manager serves which spec. Safe to call again."""
     # vLLM registers its own specs lazily, and only while the registry is empty.

@@ -109,7 +109,10 @@ def _unsupported(config: Any) -> list[tuple[bool, str]]:
     model, cache, parallel = config.model_config, config.cache_config, config.parallel_config
     events = config.kv_events_config
     return [
-        (config.kv_transfer_config is not None, "KV transfer and offloading (--kv-transfer-config)"),
+        (
+            config.kv_transfer_config is not None,
+            "KV transfer and offloading (--kv-transfer-config)",
+        ),
         (cache.kv_offloading_size is not None, "KV offloading (--kv-offloading-size)"),
         (config.speculative_config is not None, "speculative decoding (--speculative-config)"),
         (parallel.decode_context_parallel_size > 1, "--decode-context-parallel-size above 1"),
