@@ -6,7 +6,7 @@
       LayoutError         bands that cannot be laid out in a page
       PresetError
         PresetNotFound    no such folder, Hub repository or shipped name
-        PresetInvalid     a file is missing, truncated, malformed, or holds numbers that are no basis
+        PresetInvalid     a file is missing, truncated, malformed, or holds no sound basis
         PresetMismatch    a sound preset that belongs to another model or shape
       CalibrationError    the calibration or evaluation text does not suffice
       SetupError          something on this machine must be installed or repaired first

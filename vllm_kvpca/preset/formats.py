@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from typing import Any
 
 from vllm_kvpca.preset.schema import BandSpec, PresetConfig, TensorFormat
 
 
-def _tensor(basis: str, *bands: tuple[str, int]) -> TensorFormat:
+def _tensor(basis: Any, *bands: tuple[str, Any]) -> TensorFormat:
     specs = tuple(BandSpec(share=Fraction(share), bits=bits) for share, bits in bands)
     return TensorFormat(basis=basis, bands=specs)
 

@@ -44,7 +44,7 @@ def _wrap_once(
     function = getattr(current, "__func__", current)
     if hasattr(function, "_kvpca"):
         return
-    wrapper = functools.wraps(function)(make(function))
+    wrapper: Any = functools.wraps(function)(make(function))
     wrapper._kvpca = True
     setattr(owner, name, kind(wrapper) if kind else wrapper)
 
@@ -93,6 +93,7 @@ def add_flags() -> None:
             group.add_argument(
                 "--kv-compression-preset",
                 action=_StoreOption,
+                default=argparse.SUPPRESS,
                 metavar="NAME_OR_PATH",
                 help="A shipped preset (`vllm-kvpca presets` lists them), a preset folder, or a "
                 "Hub repository. Without it nothing is compressed.",
@@ -100,6 +101,7 @@ def add_flags() -> None:
             group.add_argument(
                 "--kv-compress-after",
                 action=_StoreOption,
+                default=argparse.SUPPRESS,
                 type=int,
                 metavar="TOKENS",
                 help="Sequences of at most this many tokens stay raw "
@@ -108,6 +110,7 @@ def add_flags() -> None:
             group.add_argument(
                 "--kv-keep-recent",
                 action=_StoreOption,
+                default=argparse.SUPPRESS,
                 type=int,
                 metavar="TOKENS",
                 help="Tokens at the end of a longer sequence that stay raw "

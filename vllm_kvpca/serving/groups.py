@@ -84,7 +84,7 @@ class ArchiveSpec(FullAttentionSpec):
     @classmethod
     def merge(cls, specs: list[ArchiveSpec]) -> ArchiveSpec:
         # FullAttentionSpec.merge rebuilds the spec from its own fields and would lose ours.
-        return KVCacheSpec.merge.__func__(cls, specs)  # type: ignore[attr-defined]
+        return KVCacheSpec.merge.__func__(cls, specs)
 
 
 class _GroupManager(SingleTypeKVCacheManager):

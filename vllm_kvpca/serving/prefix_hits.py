@@ -58,7 +58,7 @@ def joint_hit(block_hashes: Any, max_length: int, pool: Any, alignment: int) -> 
     recent, archive = GroupView.of(pool)
     find_raw = _lookup(block_hashes, pool, recent)
     find_archived = _lookup(block_hashes, pool, archive)
-    archived = []
+    archived: list[Any] = []
     while (len(archived) + 1) * archive.block_size <= max_length:
         block = find_archived(len(archived))
         if block is None:

@@ -46,6 +46,7 @@ class KvpcaStatLogger(AggregateStatLoggerBase):
         preset = cached_preset(self.options.preset)
         for engine in self.engine_indexes:
             info = _collectors()["preset_info"]
+            assert isinstance(info, Gauge)
             info.labels(self.model_name, str(engine), preset.name, preset.config.format).set(1)
 
     def record(
@@ -61,11 +62,11 @@ class KvpcaStatLogger(AggregateStatLoggerBase):
         for path, value in figures.items():
             key, _, state = path.partition("/")
             labels = (self.model_name, str(engine_idx), *([state] if state else []))
-            collector = _collectors()[key].labels(*labels)
+            collector = _collectors()[key]
             if isinstance(collector, Counter):
                 before = self._counted.get((key, engine_idx), 0)
                 # A smaller value means that the engine was restarted and counts anew.
-                collector.inc(value - before if value >= before else value)
+                collector.labels(*labels).inc(value - before if value >= before else value)
                 self._counted[key, engine_idx] = value
             else:
-                collector.set(value)
+                collector.labels(*labels).set(value)
