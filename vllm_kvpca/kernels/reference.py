@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from vllm_kvpca.kernels import components
 from vllm_kvpca.kernels.layer_codec import LayerCodec
 from vllm_kvpca.kernels.softmax import (
     Partial,
@@ -16,10 +17,13 @@ from vllm_kvpca.kernels.softmax import (
     length_mask,
     merge,
     partial_attention,
+    softmax_weights,
 )
 from vllm_kvpca.pages.layout import ArchiveLayout
 
-TILE_TOKENS = 8192
+FEW_ROWS = 32
+"""Query rows up to which components are not expanded (see kernels.components)."""
+TILE_TOKENS = 16384
 """Archived tokens (batch times length) expanded to float32 at a time: bounds the workspace."""
 
 
@@ -100,17 +104,35 @@ def attend_archive(
     result: Partial | None = None
     for first in range(0, table.shape[1], step):
         tile = _load_archive_tile(pages, table[:, first : first + step], lengths, first, layout)
-        key = codec.decode(
-            layout.slice(tile, layout.k_codes), layout.scales(tile, layout.k_scales), "k"
-        ).flatten(2, 3)
-        value = codec.decode(
-            layout.slice(tile, layout.v_codes), layout.scales(tile, layout.v_scales), "v"
-        ).flatten(2, 3)
-        mask = length_mask(lengths, first * layout.block_size, key.shape[2])
-        part = partial_attention(rotated, key, value, mask, scale, soft_cap)
+        mask = length_mask(lengths, first * layout.block_size, tile.shape[2] * layout.block_size)
+        part = _attend_tile(rotated, tile, mask, codec, scale, soft_cap)
         result = part if result is None else merge(result, part)
     assert result is not None, "a batch without archived tokens must not get here"
     return Partial(codec.restore_output(result.out), result.lse)
+
+
+def _attend_tile(
+    rotated: torch.Tensor,
+    tile: torch.Tensor,
+    mask: torch.Tensor,
+    codec: LayerCodec,
+    scale: float,
+    soft_cap: float | None,
+) -> Partial:
+    """Attention over one tile (batch, kv_heads, blocks, head_bytes), in component space."""
+    layout = codec.layout
+    k_codes, v_codes = (layout.slice(tile, region) for region in (layout.k_codes, layout.v_codes))
+    k_scales, v_scales = (
+        layout.scales(tile, region) for region in (layout.k_scales, layout.v_scales)
+    )
+    if rotated.shape[2] > FEW_ROWS:
+        key = codec.decode(k_codes, k_scales, "k").flatten(2, 3)
+        value = codec.decode(v_codes, v_scales, "v").flatten(2, 3)
+        return partial_attention(rotated, key, value, mask, scale, soft_cap)
+    products = components.scores(rotated * scale, k_codes, k_scales, layout.k_bands, codec.dtype)
+    weights = softmax_weights(products, mask, soft_cap)
+    out = components.weighted_sum(weights.out, v_codes, v_scales, layout.v_bands, codec.dtype)
+    return Partial(out, weights.lse)
 
 
 def _load_archive_tile(
@@ -121,11 +143,16 @@ def _load_archive_tile(
     layout: ArchiveLayout,
 ) -> torch.Tensor:
     """(batch, kv_heads, blocks, head_bytes) of some pages, zero beyond each length."""
-    tile = pages[table.long()]
+    tile = _gather(pages, table)
     sequence, block, token = _beyond(lengths, first, table.shape[1], layout.block_size)
     for region in (layout.k_codes, layout.v_codes, layout.k_scales, layout.v_scales):
         layout.slice(tile, region)[sequence, block, :, token] = 0
     return tile.transpose(1, 2)
+
+
+def _gather(cache: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """cache[table]: whole blocks are contiguous, and index_select copies them as such."""
+    return cache.index_select(0, table.flatten()).unflatten(0, table.shape)
 
 
 def _beyond(
@@ -157,10 +184,10 @@ def attend_recent(
         table: (batch, width) block ids, starting with each sequence's first raw block.
         lengths: (batch,) raw tokens per sequence.
     """
-    tile = recent[table.long()]
+    tile = _gather(recent, table)
     sequence, block, token = _beyond(lengths, 0, table.shape[1], recent.shape[2])
     tile[sequence, block, :, token] = 0
-    key, value = tile.transpose(1, 2).flatten(2, 3).float().chunk(2, -1)
+    key, value = components.expand(tile.transpose(1, 2)).chunk(2, -1)
     mask = length_mask(lengths, 0, key.shape[2])
     return partial_attention(query, key, value, mask, scale, soft_cap)
 

@@ -58,15 +58,20 @@ def partial_attention(
             query, key, value, attn_mask=mask, scale=scale
         )
         return Partial(out, lse)
-    scores = (query * scale) @ key.transpose(-1, -2)
+    weights = softmax_weights((query * scale) @ key.transpose(-1, -2), mask, soft_cap)
+    return Partial(weights.out @ value, weights.lse)
+
+
+def softmax_weights(
+    scores: torch.Tensor, mask: torch.Tensor | None, soft_cap: float | None
+) -> Partial:
+    """Weights of the keys, (batch, heads, rows, length), with their log-sum-exp."""
     if soft_cap:
         scores = soft_cap * torch.tanh(scores / soft_cap)
     if mask is not None:
         scores = scores + mask
-    top = scores.amax(-1, keepdim=True)
-    weights = torch.exp(scores - top)
-    total = weights.sum(-1, keepdim=True)
-    return Partial((weights @ value) / total, (top + total.log()).squeeze(-1))
+    lse = torch.logsumexp(scores, -1)
+    return Partial(torch.exp(scores - lse.unsqueeze(-1)), lse)
 
 
 def causal_attention(
