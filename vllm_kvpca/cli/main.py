@@ -14,7 +14,7 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 import vllm_kvpca
-from vllm_kvpca.cli import demo_model
+from vllm_kvpca.cli import demo_model, evaluate
 from vllm_kvpca.errors import KvpcaError
 
 
@@ -60,6 +60,7 @@ def _root(
 
 
 app.command("demo-model")(demo_model.demo_model)
+app.add_typer(evaluate.app, name="evaluate")
 
 if __name__ == "__main__":
     app()

@@ -1,0 +1,203 @@
+"""`vllm-kvpca evaluate`: measure the served engine and write records."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from vllm_kvpca.evaluation.record import Record
+
+RECORDS = Path("benchmarks/records")
+
+app = typer.Typer(
+    help="Measure the served engine: stock vLLM against presets. Each result becomes a record.",
+    no_args_is_help=True,
+)
+
+Model = Annotated[str, typer.Option(help="Model folder or Hub name.")]
+Preset = Annotated[list[str], typer.Option(help="Preset to measure; give it once for each.")]
+Text = Annotated[
+    list[Path], typer.Option(help="Text file, or folder of .txt files; give it once for each.")
+]
+Output = Annotated[Path, typer.Option(help="Folder the records are written to.")]
+Seed = Annotated[int, typer.Option(help="Of everything that is drawn at random.")]
+Eager = Annotated[bool, typer.Option("--eager/--compiled", help="Skip torch.compile.")]
+KvGib = Annotated[float, typer.Option(help="Memory of the KV cache, GiB.")]
+CompressAfter = Annotated[int, typer.Option(help="Sequences up to this length stay raw, tokens.")]
+KeepRecent = Annotated[int, typer.Option(help="Raw tokens at the end of a longer one.")]
+Dtype = Annotated[str, typer.Option(help="auto, bfloat16 or float16.")]
+MaxModelLen = Annotated[int, typer.Option(help="Longest sequence, tokens.")]
+BatchedTokens = Annotated[int, typer.Option(help="Tokens per step, over all requests.")]
+
+
+@app.command()
+def quality(
+    model: Model,
+    preset: Preset,
+    text: Text,
+    tokens: Annotated[int, typer.Option(help="Tokens of text in all.")] = 20_480,
+    window: Annotated[int, typer.Option(help="Tokens read as one sequence.")] = 2048,
+    chunk: Annotated[int, typer.Option(help="Tokens of each window per step.")] = 64,
+    thresholds: Annotated[
+        list[str],
+        typer.Option(help="compress_after:keep_recent; 0:0 archives every token that it can."),
+    ] = ["0:0", "512:256"],  # noqa: B006 - typer copies it
+    dtype: Dtype = "auto",
+    kv_gib: KvGib = 2,
+    eager: Eager = True,
+    seed: Seed = 0,
+    output: Output = RECORDS,
+) -> None:
+    """Perplexity, KL divergence and top-1 agreement, teacher-forced, against stock."""
+    from vllm_kvpca.evaluation import runs
+
+    pairs = [runs.parse_thresholds(pair) for pair in thresholds]
+    more: dict[str, Any] = {"dtype": dtype, "kv_gib": kv_gib, "eager": eager, "seed": seed}
+    records = runs.quality(model, preset, text, tokens, window, chunk, pairs, **more)
+    _write(
+        records,
+        output,
+        lambda results: (
+            f"perplexity {results['perplexity_change']:+.2%}, "
+            f"{results['archived_share_of_attended_keys']:.0%} of attended keys archived"
+        ),
+    )
+
+
+@app.command()
+def identity(
+    model: Model,
+    text: Text,
+    preset: Preset = ["raw"],  # noqa: B006
+    dtype: Annotated[list[str], typer.Option(help="Give it once for each.")] = [  # noqa: B006
+        "bfloat16",
+        "float16",
+    ],
+    generated: Annotated[int, typer.Option(help="Tokens generated for each prompt.")] = 64,
+    kv_gib: KvGib = 2,
+    eager: Eager = True,
+    seed: Seed = 0,
+    output: Output = RECORDS,
+) -> None:
+    """Greedy answers to 8 prompts of 100 to 3,000 tokens, token by token against stock."""
+    from vllm_kvpca.evaluation import runs
+
+    more: dict[str, Any] = {"kv_gib": kv_gib, "eager": eager, "seed": seed}
+    records = runs.identity(model, preset, text, dtype, generated, **more)
+    _write(
+        records,
+        output,
+        lambda results: f"{results['identical_prompts']} of {len(results['prompts'])} identical",
+    )
+
+
+@app.command()
+def capacity(
+    model: Model,
+    preset: Preset,
+    kv_gib: KvGib = 1,
+    max_model_len: MaxModelLen = 8192,
+    compress_after: CompressAfter = 512,
+    keep_recent: KeepRecent = 256,
+    output: Output = RECORDS,
+) -> None:
+    """Tokens that fit into the same KV memory, as vLLM reports them, against stock."""
+    from vllm_kvpca.evaluation import runs
+
+    more = {"compress_after": compress_after, "keep_recent": keep_recent}
+    records = runs.capacity(model, preset, kv_gib, max_model_len, **more)
+    _write(
+        records,
+        output,
+        lambda results: (
+            f"{results['tokens']:,} tokens against {results['tokens_stock']:,}: "
+            f"{results['ratio']:.2f}x"
+        ),
+    )
+
+
+@app.command()
+def throughput(
+    model: Model,
+    preset: Preset,
+    requests: Annotated[int, typer.Option(help="Requests at once.")] = 16,
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens of each prompt.")] = 1000,
+    generated: Annotated[int, typer.Option(help="Tokens generated for each.")] = 128,
+    repeats: Annotated[int, typer.Option(help="Runs after the warm-up.")] = 3,
+    max_num_batched_tokens: BatchedTokens = 2048,
+    max_model_len: MaxModelLen = 8192,
+    compress_after: CompressAfter = 512,
+    keep_recent: KeepRecent = 256,
+    dtype: Dtype = "auto",
+    kv_gib: KvGib = 2,
+    eager: Eager = False,
+    seed: Seed = 0,
+    output: Output = RECORDS,
+) -> None:
+    """Prompt and decode tokens per second of concurrent requests, against stock."""
+    from vllm_kvpca.evaluation import runs
+
+    more: dict[str, Any] = {
+        "max_num_batched_tokens": max_num_batched_tokens,
+        "max_model_len": max_model_len,
+        "compress_after": compress_after,
+        "keep_recent": keep_recent,
+        "dtype": dtype,
+        "kv_gib": kv_gib,
+        "eager": eager,
+        "seed": seed,
+    }
+    records = runs.throughput(model, preset, requests, prompt_tokens, generated, repeats, **more)
+    _write(
+        records,
+        output,
+        lambda results: (
+            f"prompt {results['prompt_ratio']:.2f}x, "
+            f"decode {results['decode_ratio']:.2f}x of stock's speed"
+        ),
+    )
+
+
+@app.command("block-life")
+def block_life(
+    model: Model,
+    preset: Preset,
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 3000,
+    generated: Annotated[int, typer.Option(help="Tokens generated.")] = 200,
+    max_num_batched_tokens: BatchedTokens = 128,
+    max_model_len: MaxModelLen = 8192,
+    compress_after: CompressAfter = 512,
+    keep_recent: KeepRecent = 256,
+    output: Output = RECORDS,
+) -> None:
+    """Blocks of both cache groups over the life of one request, against stock's."""
+    from vllm_kvpca.evaluation import runs
+
+    more: dict[str, Any] = {
+        "max_num_batched_tokens": max_num_batched_tokens,
+        "max_model_len": max_model_len,
+        "compress_after": compress_after,
+        "keep_recent": keep_recent,
+    }
+    records = runs.block_life(model, preset, prompt_tokens, generated, **more)
+    _write(
+        records,
+        output,
+        lambda results: (
+            f"{results['final_mib']:.1f} MiB at the end, stock {results['final_mib_stock']:.1f} MiB"
+        ),
+    )
+
+
+def _write(records: Iterable[Record], output: Path, summary: Any) -> None:
+    """Write each record as soon as it is there, and say in one line what it found."""
+    console = Console(soft_wrap=True, highlight=False)
+    for record in records:
+        path = record.write(output)
+        console.print(f"{record.settings['preset']}: {summary(record.results)}")
+        console.print(f"  {path}", style="dim", markup=False)

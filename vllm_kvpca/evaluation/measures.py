@@ -1,0 +1,97 @@
+"""Figures from log-probabilities: pure functions of arrays, in nats."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+_LEAST = 1e-9
+"""Probabilities below this are rounding errors of 1 minus a sum."""
+
+
+def perplexity(logprobs: Floats) -> float:
+    """exp of the mean negative log-probability of the tokens that really came."""
+    return float(np.exp(-np.mean(logprobs)))
+
+
+def perplexity_change(stock: Floats, other: Floats) -> float:
+    """Relative change of the perplexity: 0.01 is one percent worse."""
+    return float(np.exp(np.mean(stock) - np.mean(other)) - 1)
+
+
+def bootstrap_change(
+    stock: Floats, other: Floats, seed: int, resamples: int = 10_000, level: float = 0.95
+) -> tuple[float, float]:
+    """Confidence interval of `perplexity_change`, by the paired percentile bootstrap.
+
+    Windows are resampled whole, both engines alike: tokens of one window depend on each other
+    (Efron & Tibshirani, An Introduction to the Bootstrap, 1993, chapters 8 and 13).
+
+    Args:
+        stock, other: (windows, tokens).
+    """
+    difference = stock.mean(1) - other.mean(1)
+    picks = np.random.default_rng(seed).integers(len(difference), size=(resamples, len(difference)))
+    low, high = np.quantile(difference[picks].mean(1), [(1 - level) / 2, (1 + level) / 2])
+    return float(np.expm1(low)), float(np.expm1(high))
+
+
+def kl_lower_bound(
+    stock_ids: Ints, stock_logprobs: Floats, other_ids: Ints, other_logprobs: Floats
+) -> Floats:
+    """KL(stock || other) of each position, over stock's likeliest tokens and a bucket for the rest.
+
+    An engine returns a few log-probabilities per position, not all. Merging outcomes can only
+    lower the divergence (data processing inequality; Cover & Thomas, Elements of Information
+    Theory, section 2.8), so this is a lower bound of the full KL. Tokens of stock that `other`
+    did not return go to the bucket as well.
+
+    Args:
+        stock_ids, stock_logprobs: (positions, k), distinct tokens in each row.
+        other_ids, other_logprobs: (positions, m), distinct tokens in each row; m > k leaves
+            fewer tokens to the bucket.
+
+    Returns:
+        (positions,) nats.
+    """
+    same = stock_ids[:, :, None] == other_ids[:, None, :]
+    found = same.any(2)
+    q = np.exp(np.take_along_axis(other_logprobs, same.argmax(2), 1))
+    p = np.exp(stock_logprobs)
+    terms = np.where(found, p * (stock_logprobs - np.log(np.maximum(q, 1e-300))), 0.0)
+    rest_p = np.maximum(1 - np.where(found, p, 0).sum(1), _LEAST)
+    rest_q = np.maximum(1 - np.where(found, q, 0).sum(1), _LEAST)
+    bound: Floats = terms.sum(1) + rest_p * np.log(rest_p / rest_q)
+    return bound
+
+
+def top1_agreement(stock_ids: Ints, other_ids: Ints) -> float:
+    """Share of positions with the same likeliest token (column 0 of both)."""
+    return float(np.mean(stock_ids[:, 0] == other_ids[:, 0]))
+
+
+def archived_share(
+    chunks: Iterable[int], compress_after: int, keep_recent: int, align: int
+) -> float:
+    """Average share of archived keys among those that a prompt's tokens attend to.
+
+    All tokens of a chunk attend to the archive as it was before the chunk and to everything
+    later raw, the chunk's own tokens included. The share is taken over all (query, key) pairs.
+
+    Args:
+        chunks: tokens computed by each step of one sequence, in order.
+        compress_after, keep_recent, align: tokens; see codec.policy.
+    """
+    from vllm_kvpca.codec.policy import boundary
+
+    computed = archived = attended = 0
+    for count in chunks:
+        archived += count * boundary(computed, compress_after, keep_recent, align)
+        attended += sum(range(computed + 1, computed + count + 1))
+        computed += count
+    return archived / attended if attended else 0.0

@@ -1,0 +1,181 @@
+"""Whole measurements: stock against presets on the same input, a record for each comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from vllm_kvpca.errors import OptionsError
+from vllm_kvpca.evaluation import block_life as block_life_
+from vllm_kvpca.evaluation import capacity as capacity_
+from vllm_kvpca.evaluation import presets, texts
+from vllm_kvpca.evaluation import identity as identity_
+from vllm_kvpca.evaluation import load as load_
+from vllm_kvpca.evaluation import quality as quality_
+from vllm_kvpca.evaluation.engine import EngineSettings
+from vllm_kvpca.evaluation.record import Record, make_record
+
+Thresholds = tuple[int, int]
+"""compress_after, keep_recent."""
+
+
+def parse_thresholds(text: str) -> Thresholds:
+    """ "512:256" to (512, 256).
+
+    Raises:
+        OptionsError: anything else.
+    """
+    after, colon, recent = text.partition(":")
+    if not (colon and after.isdigit() and recent.isdigit()):
+        raise OptionsError(f"{text!r} is no pair of thresholds: write AFTER:RECENT, e.g. 512:256.")
+    return int(after), int(recent)
+
+
+def quality(
+    model: str,
+    preset_names: Sequence[str],
+    text: Sequence[Path],
+    tokens: int = 20_480,
+    window: int = 2048,
+    chunk: int = 64,
+    thresholds: Sequence[Thresholds] = ((0, 0), (512, 256)),
+    seed: int = 0,
+    **more: Any,
+) -> Iterator[Record]:
+    """Records of kind "quality": one for each preset and pair of thresholds.
+
+    Args:
+        tokens, window: tokens in all and per window; tokens // window windows are read.
+        chunk: tokens of each window per step.
+        more: further EngineSettings.
+    """
+    files = texts.find_texts(text)
+    windows = texts.windows(texts.tokenizer_of(model), files, max(1, tokens // window), window)
+    stock_settings = quality_.settings_for(model, windows, chunk, seed=seed, **more)
+    stock = quality_.score(stock_settings, windows)
+    for name in preset_names:
+        for pair in thresholds:
+            settings = quality_.settings_for(model, windows, chunk, name, pair, seed=seed, **more)
+            results = quality_.compare(stock, quality_.score(settings, windows), seed)
+            chosen = {
+                "windows": len(windows),
+                "window_tokens": window,
+                "kl": f"over stock's {quality_.TOP} likeliest tokens and one bucket for the rest: "
+                "a lower bound of the full KL",
+            }
+            yield _record("quality", settings, results, chosen, files, results["dtype"])
+
+
+def identity(
+    model: str,
+    preset_names: Sequence[str],
+    text: Sequence[Path],
+    dtypes: Sequence[str] = ("bfloat16", "float16"),
+    generated: int = 64,
+    seed: int = 0,
+    **more: Any,
+) -> Iterator[Record]:
+    """Records of kind "identity": one for each dtype and preset."""
+    files = texts.find_texts(text)
+    lengths = identity_.PROMPT_TOKENS
+    longest = max(lengths)
+    windows = texts.windows(texts.tokenizer_of(model), files, len(lengths), longest)
+    prompts = [window[:length] for window, length in zip(windows, lengths, strict=True)]
+    for dtype in dtypes:
+        common = EngineSettings(
+            model=model, dtype=dtype, max_model_len=longest + generated, seed=seed, **more
+        )
+        stock, resolved = identity_.answer(common, prompts, generated)
+        for name in preset_names:
+            settings = common.model_copy(update={"preset": name})
+            other, _ = identity_.answer(settings, prompts, generated)
+            results = identity_.compare(stock, other, lengths) | {"dtype": resolved}
+            yield _record("identity", settings, results, {}, files, resolved)
+
+
+def capacity(
+    model: str,
+    preset_names: Sequence[str],
+    kv_gib: float = 1,
+    max_model_len: int = 8192,
+    **more: Any,
+) -> Iterator[Record]:
+    """Records of kind "capacity": one for each preset."""
+    common = EngineSettings(model=model, max_model_len=max_model_len, kv_gib=kv_gib, **more)
+    stock = capacity_.measure(common)
+    for name in preset_names:
+        settings = common.model_copy(update={"preset": name})
+        results = capacity_.compare(stock, capacity_.measure(settings))
+        yield _record("capacity", settings, results, {})
+
+
+def throughput(
+    model: str,
+    preset_names: Sequence[str],
+    requests: int = 16,
+    prompt_tokens: int = 1000,
+    generated: int = 128,
+    repeats: int = 3,
+    seed: int = 0,
+    **more: Any,
+) -> Iterator[Record]:
+    """Records of kind "throughput": one for each preset."""
+    prompts = load_.random_prompts(_vocabulary(model), requests, prompt_tokens, seed)
+    common = EngineSettings(model=model, max_num_seqs=requests, seed=seed, **more)
+
+    def speeds(settings: EngineSettings) -> dict[str, Any]:
+        times = load_.measure(settings, prompts, generated, repeats)
+        return load_.speeds(times, requests, prompt_tokens, generated)
+
+    stock = speeds(common)
+    chosen = {
+        "requests": requests,
+        "prompt_tokens": prompt_tokens,
+        "generated_tokens": generated,
+        "repeats": repeats,
+    }
+    for name in preset_names:
+        settings = common.model_copy(update={"preset": name})
+        results = load_.compare(stock, speeds(settings))
+        yield _record("throughput", settings, results, chosen)
+
+
+def block_life(
+    model: str,
+    preset_names: Sequence[str],
+    prompt_tokens: int = 3000,
+    generated: int = 200,
+    seed: int = 0,
+    **more: Any,
+) -> Iterator[Record]:
+    """Records of kind "block-life": one for each preset."""
+    [prompt] = load_.random_prompts(_vocabulary(model), 1, prompt_tokens, seed)
+    common = EngineSettings(model=model, seed=seed, **more)
+    stock = block_life_.measure(common, prompt, generated)
+    chosen = {"prompt_tokens": prompt_tokens, "generated_tokens": generated}
+    for name in preset_names:
+        settings = common.model_copy(update={"preset": name})
+        results = block_life_.compare(stock, block_life_.measure(settings, prompt, generated))
+        yield _record("block-life", settings, results, chosen)
+
+
+def _record(
+    kind: str,
+    settings: EngineSettings,
+    results: dict[str, Any],
+    chosen: dict[str, Any],
+    files: Sequence[Path] = (),
+    *slug_parts: str,
+) -> Record:
+    facts = presets.facts(settings.preset, settings.model)
+    used = settings.model_dump(exclude={"model", "seed"}) | facts | chosen
+    thresholds = f"{settings.compress_after}-{settings.keep_recent}"
+    parts = [facts["preset"], thresholds, *slug_parts]
+    return make_record(kind, parts, settings.model, used, results, files, settings.seed)
+
+
+def _vocabulary(model: str) -> int:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(model).get_text_config().vocab_size
