@@ -1,0 +1,204 @@
+"""Bands: codes and scales against a plain Python reference, and what rounding may cost."""
+
+from __future__ import annotations
+
+import struct
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_kvpca.codec import Band, decode_bands, encode_bands, resolve_bands
+from vllm_kvpca.codec.bands import code_bytes, num_scales, stored_width
+from vllm_kvpca.errors import LayoutError
+
+HEAD_DIMS = [64, 80, 96, 112, 128, 256]
+QMAX = {8: 127, 4: 7}
+
+bands_of_any_kind = st.lists(
+    st.builds(Band, st.integers(1, 6).map(lambda n: 8 * n), st.sampled_from([16, 8, 4, 0])),
+    min_size=1,
+    max_size=5,
+).map(tuple)
+
+
+def float32(x: float) -> float:
+    return struct.unpack("f", struct.pack("f", x))[0]
+
+
+def bfloat16(x: float) -> float:
+    """Round a float32 to bfloat16, ties to even, by its bits."""
+    (bits,) = struct.unpack("I", struct.pack("f", x))
+    bits = (bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000
+    return struct.unpack("f", struct.pack("I", bits))[0]
+
+
+def reference_band(y: list[float], bits: int) -> tuple[list[int], float]:
+    """Code bytes and scale of one 8- or 4-bit band, one value at a time."""
+    scale = bfloat16(float32(max(abs(v) for v in y) / QMAX[bits]))
+    codes = [round(float32(v / (scale or 1.0))) for v in y]
+    codes = [max(-QMAX[bits], min(QMAX[bits], code)) for code in codes]
+    if bits == 8:
+        return [code & 0xFF for code in codes], scale
+    half = len(y) // 2
+    return [codes[j] + 8 | (codes[j + half] + 8) << 4 for j in range(half)], scale
+
+
+def reference_encode(y: torch.Tensor, bands: tuple[Band, ...]) -> tuple[list[int], list[float]]:
+    codes: list[int] = []
+    scales: list[float] = []
+    start = 0
+    for band in bands:
+        part = y[start : start + band.width]
+        start += band.width
+        if band.bits == 16:
+            for value in part:  # little-endian bytes of the value itself
+                codes += list(struct.pack("<h", value.view(torch.int16).item()))
+        elif band.bits:
+            band_codes, scale = reference_band(part.float().tolist(), band.bits)
+            codes += band_codes
+            scales.append(scale)
+    return codes, scales
+
+
+def random_components(bands, seed: int, tokens: int = 5, dtype=torch.bfloat16) -> torch.Tensor:
+    """Tokens of very different size, a zero vector among them."""
+    generator = torch.Generator().manual_seed(seed)
+    width = sum(band.width for band in bands)
+    size = 10.0 ** torch.randint(-3, 3, (tokens, 1), generator=generator)
+    y = torch.randn(tokens, width, generator=generator) * size
+    y[0] = 0
+    return y.to(dtype)
+
+
+@settings(deadline=None, max_examples=60)
+@given(bands_of_any_kind, st.integers(0, 10**6))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_codes_and_scales_equal_the_reference_bit_for_bit(dtype, bands, seed):
+    y = random_components(bands, seed, dtype=dtype)
+    codes, scales = encode_bands(y, bands)
+    assert codes.dtype == torch.uint8 and scales.dtype == torch.bfloat16
+    assert codes.shape[-1] == code_bytes(bands) and scales.shape[-1] == num_scales(bands)
+    for token in range(len(y)):
+        wanted_codes, wanted_scales = reference_encode(y[token], bands)
+        assert codes[token].tolist() == wanted_codes
+        assert scales[token].tolist() == wanted_scales
+
+
+@settings(deadline=None, max_examples=60)
+@given(bands_of_any_kind, st.integers(0, 10**6))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_decoding_is_off_by_half_a_step_at_most(dtype, bands, seed):
+    y = random_components(bands, seed, dtype=dtype)
+    codes, scales = encode_bands(y, bands)
+    decoded = decode_bands(codes, scales, bands, raw_dtype=dtype)
+    assert decoded.shape == (len(y), stored_width(bands)) and not decoded.isnan().any()
+    start = column = index = 0
+    for band in bands:
+        if band.bits:
+            error = (
+                decoded[:, column : column + band.width] - y[:, start : start + band.width].float()
+            )
+            if band.bits == 16:
+                assert not error.any()
+            else:
+                step = scales[:, index].float()[:, None]
+                # The scale is rounded to 8 bits: the largest value may lie up to 2^-8 of
+                # itself (qmax steps) beyond the last code.
+                half = 0.5 + QMAX[band.bits] * 2.0**-8
+                inner = y[:, start : start + band.width].float().abs() <= QMAX[band.bits] * step
+                assert (error.abs() <= step * half * (1 + 1e-5)).all()
+                assert (error.abs() <= step * 0.5 * (1 + 1e-5))[inner].all()
+                index += 1
+            column += band.width
+        start += band.width
+
+
+def test_a_byte_holds_component_j_low_and_j_plus_half_high():
+    y = torch.tensor([7.0, -7, 0, 1, 2, 3, 4, -1])
+    codes, scales = encode_bands(y, [Band(8, 4)])
+    assert scales.tolist() == [1.0]
+    assert codes.tolist() == [15 | 10 << 4, 1 | 11 << 4, 8 | 12 << 4, 9 | 7 << 4]
+
+
+def test_a_zero_vector_stays_zero():
+    bands = (Band(16, 8), Band(16, 4))
+    codes, scales = encode_bands(torch.zeros(3, 32), bands)
+    assert not scales.any()
+    assert not decode_bands(codes, scales, bands, raw_dtype=torch.bfloat16).any()
+
+
+def test_leading_dimensions_are_kept():
+    bands = (Band(32, 8), Band(32, 4), Band(8, 0))
+    y = torch.randn(2, 3, 5, 72)
+    codes, scales = encode_bands(y, bands)
+    assert codes.shape == (2, 3, 5, 48) and scales.shape == (2, 3, 5, 2)
+    one = encode_bands(y[1, 2, 4], bands)
+    assert torch.equal(codes[1, 2, 4], one[0]) and torch.equal(scales[1, 2, 4], one[1])
+    assert decode_bands(codes, scales, bands, raw_dtype=torch.bfloat16).shape == (2, 3, 5, 64)
+
+
+def test_dropped_components_store_nothing():
+    bands = (Band(24, 0),)
+    codes, scales = encode_bands(torch.randn(4, 24), bands)
+    assert codes.shape == (4, 0) and scales.shape == (4, 0)
+    assert decode_bands(codes, scales, bands, raw_dtype=torch.bfloat16).shape == (4, 0)
+
+
+@pytest.mark.parametrize(("width", "bits", "words"), [(8, 3, "3 bits"), (8, 6, "6 bits")])
+def test_an_unknown_bit_width_is_refused(width, bits, words):
+    with pytest.raises(LayoutError, match=words):
+        Band(width, bits)
+
+
+@pytest.mark.parametrize("width", [0, -8, 12, 63])
+def test_a_width_that_is_no_multiple_of_8_is_refused(width):
+    with pytest.raises(LayoutError, match=f"band of {width} components"):
+        Band(width, 8)
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize(
+    "shares",
+    [
+        [(Fraction(1), 8)],
+        [(Fraction(3, 8), 8), (Fraction(5, 8), 4)],
+        [(Fraction(3, 4), 8), (Fraction(1, 4), 0)],
+        [(Fraction(1, 4), 8), (Fraction(1, 2), 4), (Fraction(1, 4), 0)],
+    ],
+)
+def test_bands_of_every_head_dim_add_up_to_it(head_dim, shares):
+    bands = resolve_bands(shares, head_dim)
+    assert sum(band.width for band in bands) == head_dim
+    assert [band.bits for band in bands] == [bits for _, bits in shares]
+    for band, (share, _) in zip(bands[:-1], shares[:-1], strict=True):
+        assert abs(band.width - share * head_dim) <= 4
+
+
+def test_known_band_widths():
+    mixed = [(Fraction(3, 8), 8), (Fraction(5, 8), 4)]
+    widths = {dim: [band.width for band in resolve_bands(mixed, dim)] for dim in HEAD_DIMS}
+    assert widths == {
+        64: [24, 40],
+        80: [32, 48],
+        96: [32, 64],
+        112: [40, 72],
+        128: [48, 80],
+        256: [96, 160],
+    }
+
+
+@pytest.mark.parametrize(
+    ("shares", "head_dim", "words"),
+    [
+        ([(Fraction(1, 2), 8)], 64, "add up to 1"),
+        ([(Fraction(1, 2), 8), (Fraction(2, 3), 4)], 64, "add up to 1"),
+        ([(Fraction(1), 8)], 100, "head_dim 100 is not a multiple of 8"),
+        ([(Fraction(1, 32), 8), (Fraction(31, 32), 4)], 64, "band of 0 components"),
+    ],
+)
+def test_shares_that_cannot_be_laid_out_are_refused(shares, head_dim, words):
+    with pytest.raises(LayoutError, match=words):
+        resolve_bands(shares, head_dim)

@@ -1,0 +1,79 @@
+"""Block sizes that share a page."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_kvpca.codec import Policy
+from vllm_kvpca.errors import LayoutError
+from vllm_kvpca.pages import PagePlan, plan_pages, raw_token_bytes
+from vllm_kvpca.pages.plan import MAX_ALIGN, peak_raw_blocks, sequence_blocks
+from vllm_kvpca.preset import FORMATS, Preset
+
+DEFAULTS = {"compress_after": 512, "keep_recent": 256, "max_model_len": 8192}
+
+
+def plan_of(name: str, head_dim: int, **changes) -> PagePlan:
+    content = Preset(name, FORMATS[name]).layout(head_dim).content_bytes
+    return plan_pages(raw_token_bytes(head_dim), content, **(DEFAULTS | changes))
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    head_dim=st.integers(2, 32).map(lambda n: 8 * n),
+    percent=st.integers(20, 100),
+    after=st.integers(0, 2000),
+    batches=st.integers(1, 2),
+)
+def test_an_archive_block_fits_the_page_and_steps_are_whole_blocks(
+    head_dim, percent, after, batches
+):
+    raw = raw_token_bytes(head_dim)
+    archived = raw * percent // 100
+    plan = plan_pages(
+        raw,
+        archived,
+        compress_after=after,
+        keep_recent=after // 2,
+        max_model_len=16384,
+        batches=batches,
+    )
+    assert plan.archive_block * archived <= plan.page_bytes_per_head(raw)
+    assert plan.raw_block % 16 == 0 and plan.archive_block % 16 == 0
+    assert plan.align % plan.raw_block == 0 and plan.align % plan.archive_block == 0
+    assert plan.align <= MAX_ALIGN
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_known_choices(head_dim):
+    assert plan_of("raw", head_dim) == PagePlan(32, 32)
+    assert plan_of("k8v4", head_dim) == PagePlan(32, 80)
+
+
+@pytest.mark.parametrize("name", ["k8v8", "k8v4", "v-hadamard-mixed"])
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 112, 128, 256])
+def test_long_sequences_take_fewer_bytes_than_raw_ones(name, head_dim):
+    plan = plan_of(name, head_dim, max_model_len=32768)
+    policy = Policy(512, 256, plan.align)
+    raw_blocks = -(-32768 // plan.raw_block)
+    assert sequence_blocks(plan, policy, 32768) < raw_blocks
+
+
+def test_only_the_given_raw_blocks_are_considered():
+    assert plan_of("k8v4", 128, raw_blocks=(64,)).raw_block == 64
+
+
+def test_no_common_page_is_refused_with_a_way_out():
+    with pytest.raises(LayoutError, match=r"no block sizes share a page.*--block-size 64 or 128"):
+        plan_of("k8v4", 128, raw_blocks=())
+
+
+@given(st.integers(0, 1000), st.integers(0, 1000), st.integers(1, 20000), st.integers(1, 3))
+def test_a_sequence_never_reserves_more_raw_blocks_than_it_has_tokens(a, b, length, batches):
+    policy = Policy(max(a, b), min(a, b), align=160)
+    peak = peak_raw_blocks(policy, 32, length, batches)
+    assert peak <= -(-length // 32)
+    longer = peak_raw_blocks(policy, 32, 10 * length, batches)
+    assert peak <= longer <= peak_raw_blocks(policy, 32, 10 * length, batches + 1)
