@@ -151,13 +151,21 @@ def load_preset(name: str | os.PathLike[str]) -> Preset:
         PresetInvalid: files missing or damaged, unknown fields, NaN, or no orthonormal basis.
     """
     name = os.fspath(name)
-    if Path(name).expanduser().is_dir():
-        return _load_folder(name, Path(name).expanduser())
+    if own := _own_folder(name):
+        return _load_folder(name, own)
     shipped = list_shipped()
     if name in shipped:
         folder = shipped[name]
         return _load_folder(name, folder) if folder else Preset(name, FORMATS[name])
     return _load_folder(name, _download(name, list(shipped)))
+
+
+def _own_folder(name: str) -> Path | None:
+    try:
+        folder = Path(name).expanduser()
+        return folder if folder.is_dir() else None
+    except (OSError, RuntimeError):  # a name too long for a path, or ~ of an unknown user
+        return None
 
 
 def _download(name: str, shipped: list[str]) -> Path:
@@ -224,10 +232,10 @@ def _check_basis(
     assert model is not None  # the schema demands it for calibrated formats
     layers = model.num_layers if config.layers is None else len(config.layers)
     shape = (layers, model.num_kv_heads, model.head_dim, model.head_dim)
-    if tuple(basis.shape) != shape or not basis.is_floating_point():
+    if tuple(basis.shape) != shape or basis.dtype not in (torch.float16, torch.float32):
         raise PresetInvalid(
             f"{path}: {which}_basis is {basis.dtype} {tuple(basis.shape)}, "
-            f"{CONFIG_FILE} says {shape}. {again}"
+            f"not float16 or float32 {shape} as {CONFIG_FILE} says. {again}"
         )
     if not torch.isfinite(basis).all():
         raise PresetInvalid(f"{path}: {which}_basis holds NaN or infinity. {again}")

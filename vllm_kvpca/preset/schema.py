@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import re
 from fractions import Fraction
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
 
 from vllm_kvpca.codec.bands import Band, resolve_bands
 
+
+def _share(value: Any) -> Any:
+    if isinstance(value, str):
+        # Not left to Fraction: it takes "1/0" and "1e999999999" too.
+        if not re.fullmatch(r"[0-9]{1,4}(/[1-9][0-9]{0,3})?", value):
+            raise ValueError('a share is a fraction of head_dim such as "3/8"')
+        return Fraction(value)
+    return Fraction(value) if isinstance(value, int) else value
+
+
 Share = Annotated[
     Fraction,
-    BeforeValidator(lambda value: Fraction(value) if isinstance(value, (str, int)) else value),
+    BeforeValidator(_share),
     PlainSerializer(str, return_type=str),
 ]
 
