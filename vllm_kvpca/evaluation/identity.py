@@ -41,7 +41,7 @@ def _answer(
     from vllm import SamplingParams
 
     params = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, logprobs=2)
-    total = -(-sum(map(len, prompts)) // settings.max_num_batched_tokens) + count
+    total = -(-sum(map(len, prompts)) // settings.max_num_batched_tokens) + count - 1
     with steps(f"{settings.preset} {settings.dtype}", total) as step:
         outputs = engine.run(llm, prompts, params, after_step=step)
     answers = [

@@ -9,9 +9,9 @@ from typing import Any
 from vllm_kvpca.errors import OptionsError
 from vllm_kvpca.evaluation import block_life as block_life_
 from vllm_kvpca.evaluation import capacity as capacity_
-from vllm_kvpca.evaluation import presets, texts
 from vllm_kvpca.evaluation import identity as identity_
 from vllm_kvpca.evaluation import load as load_
+from vllm_kvpca.evaluation import presets, texts
 from vllm_kvpca.evaluation import quality as quality_
 from vllm_kvpca.evaluation.engine import EngineSettings
 from vllm_kvpca.evaluation.record import Record, make_record

@@ -1,0 +1,85 @@
+"""Tables between markers: made from records, checked, nothing else touched."""
+
+import pytest
+from typer.testing import CliRunner
+
+from vllm_kvpca.cli.main import app
+from vllm_kvpca.errors import OptionsError
+from vllm_kvpca.evaluation.tables import table, update
+
+PAGE = "# Title\n\n<!-- table:capacity -->\nold\n<!-- /table -->\n\nafter\n"
+
+
+def test_update_replaces_only_what_is_marked(make):
+    page = update(PAGE, [make()])
+    assert page.startswith("# Title\n\n<!-- table:capacity -->\n| preset |")
+    assert page.endswith("<!-- /table -->\n\nafter\n")
+    assert "old" not in page
+    assert "| `k8v4` | 2.56x | 1,000 | 2,100 | 2.10x | 1 GiB | 8,192 |" in page
+    assert "vllm-kvpca evaluate capacity\n" in page
+    assert "abcdef0123" in page
+    assert update(page, [make()]) == page
+
+
+def test_rows_are_ordered_and_of_one_kind(make):
+    records = [
+        make(slug="b", total_ratio=3.0, preset="b"),
+        make(slug="a", total_ratio=2.0, preset="a"),
+        make(kind="block-life"),
+    ]
+    rows = [line for line in table("capacity", records).splitlines() if line.startswith("| `")]
+    assert [row[:6] for row in rows] == ["| `a` ", "| `b` "]
+
+
+def test_every_row_has_as_many_cells_as_the_head(make):
+    quality = {
+        "perplexity_change": 0.0055,
+        "perplexity_change_ci95": [0.001, 0.01],
+        "kl_lower_bound_mean_nats": 0.004,
+        "top1_agreement": 0.96,
+        "predicted_tokens": 20470,
+        "archived_share_of_attended_keys": 0.94,
+        "dtype": "float16",
+    }
+    row = {"identical_tokens": 3, "generated_tokens": 4}
+    speeds = {"prompt_tokens_per_second": 10.0, "decode_tokens_per_second": 5.0}
+    ratios = {"prompt_ratio": 1.0, "decode_ratio": 1.0}
+    records = [
+        make(kind="quality", results=quality),
+        make(
+            kind="identity",
+            results={
+                "prompts": [row],
+                "identical_prompts": 0,
+                "largest_gap_nats": 0.01,
+                "dtype": "float16",
+            },
+        ),
+        make(kind="throughput", results={"stock": speeds, "preset": speeds, **ratios}),
+        make(),
+    ]
+    for record in records:
+        lines = [x for x in table(record.kind, records).splitlines() if x.startswith("|")]
+        assert len({line.count("|") for line in lines}) == 1
+    assert "+0.55% (+0.10% to +1.00%)" in table("quality", records)
+
+
+def test_unknown_table_and_missing_record_are_refused(make):
+    with pytest.raises(OptionsError, match="no table 'weather'"):
+        update("<!-- table:weather -->\n<!-- /table -->", [make()])
+    with pytest.raises(OptionsError, match="vllm-kvpca evaluate quality"):
+        update("<!-- table:quality -->\n<!-- /table -->", [make()])
+
+
+def test_command_writes_and_checks(make, tmp_path):
+    records, page = tmp_path / "records", tmp_path / "page.md"
+    make().write(records)
+    page.write_text(PAGE)
+    arguments = ["tables", str(page), "--records", str(records)]
+    stale = CliRunner().invoke(app, [*arguments, "--check"])
+    assert stale.exit_code == 1
+    assert page.read_text() == PAGE
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    assert CliRunner().invoke(app, [*arguments, "--check"]).exit_code == 0
+    make(results={"tokens_stock": 1, "tokens": 2, "ratio": 2}).write(records)
+    assert CliRunner().invoke(app, [*arguments, "--check"]).exit_code == 1

@@ -1,0 +1,192 @@
+"""Result tables of the documentation, generated from records between two markers:
+
+<!-- table:quality -->
+...
+<!-- /table -->
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from vllm_kvpca.errors import OptionsError
+from vllm_kvpca.evaluation.record import Record
+
+_TABLE = re.compile(r"(<!-- table:(?P<kind>[a-z-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
+
+
+def update(text: str, records: Sequence[Record]) -> str:
+    """The text with every marked table made anew.
+
+    Raises:
+        OptionsError: a marker names no table, or there is no record for it.
+    """
+    return _TABLE.sub(lambda m: m[1] + table(m["kind"], records) + m[3], text)
+
+
+def stale(paths: Sequence[Path], records: Sequence[Record]) -> list[Path]:
+    """Files whose tables differ from the records."""
+    return [path for path in paths if update(path.read_text(), records) != path.read_text()]
+
+
+def table(kind: str, records: Sequence[Record]) -> str:
+    """One table in Markdown: a row for each record, then how the numbers were made."""
+    if kind not in _TABLES:
+        raise OptionsError(f"there is no table {kind!r}; known: {', '.join(_TABLES)}.")
+    heads, row = _TABLES[kind]
+    chosen = sorted((r for r in records if r.kind == kind), key=_order)
+    if not chosen:
+        raise OptionsError(
+            f"no record for the table {kind!r}: make one with vllm-kvpca evaluate {kind}."
+        )
+    lines = [_line(heads), _line(["---"] + ["---:"] * (len(heads) - 1))]
+    lines += [_line(row(record)) for record in chosen]
+    return "\n".join([*lines, "", *_origin(chosen)]) + "\n"
+
+
+def _order(record: Record) -> tuple[Any, ...]:
+    settings: Any = record.settings
+    return (
+        record.model,
+        settings["total_ratio"],
+        settings["preset"],
+        settings["compress_after"],
+        record.slug,
+    )
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _origin(records: Sequence[Record]) -> list[str]:
+    """What made the numbers: one paragraph for each machine, and the commands."""
+    machines = dict.fromkeys(_machine(record) for record in records)
+    commands = dict.fromkeys(record.command for record in records)
+    return [*machines, "", "```", *commands, "```"]
+
+
+def _machine(record: Record) -> str:
+    hardware = record.hardware
+    place = hardware.gpu or f"{hardware.cpu}, {_threads(record)}"
+    commit = f"commit {record.commit[:10]}" if record.commit else "an installed package"
+    with_changes = " with changes" if record.dirty else ""
+    return (
+        f"{record.model} on {place}; vLLM {record.versions.get('vllm', '?')}, "
+        f"torch {record.versions['torch']}; {commit}{with_changes}, {record.date[:10]}."
+    )
+
+
+def _threads(record: Record) -> str:
+    bound = record.hardware.threads_bind
+    if bound is None:
+        return f"{record.hardware.cores} cores"
+    return f"threads bound to core{'s' if re.search('[-,|]', bound) else ''} {bound}"
+
+
+def _stored(record: Record) -> list[str]:
+    """Preset, and its ratio of K and V together; a ratio of V alone is never shown."""
+    settings: Any = record.settings
+    return [f"`{settings['preset']}`", f"{settings['total_ratio']:.2f}x"]
+
+
+def _thresholds(record: Record) -> str:
+    return f"{record.settings['compress_after']} / {record.settings['keep_recent']}"
+
+
+def _quality(record: Record) -> list[str]:
+    results: Any = record.results
+    low, high = results["perplexity_change_ci95"]
+    return [
+        *_stored(record),
+        _thresholds(record),
+        results["dtype"],
+        f"{results['archived_share_of_attended_keys']:.0%}",
+        f"{results['perplexity_change']:+.2%} ({low:+.2%} to {high:+.2%})",
+        f"{results['kl_lower_bound_mean_nats']:.5f}",
+        f"{results['top1_agreement']:.2%}",
+        f"{results['predicted_tokens']:,}",
+    ]
+
+
+def _identity(record: Record) -> list[str]:
+    results: Any = record.results
+    rows = results["prompts"]
+    gap = results["largest_gap_nats"]
+    same = sum(row["identical_tokens"] for row in rows)
+    return [
+        *_stored(record),
+        results["dtype"],
+        f"{results['identical_prompts']} of {len(rows)}",
+        f"{same} of {sum(row['generated_tokens'] for row in rows)}",
+        "none parted" if gap is None else f"{gap:.3f}",
+    ]
+
+
+def _capacity(record: Record) -> list[str]:
+    results: Any = record.results
+    return [
+        *_stored(record),
+        f"{results['tokens_stock']:,}",
+        f"{results['tokens']:,}",
+        f"{results['ratio']:.2f}x",
+        f"{record.settings['kv_gib']:g} GiB",
+        f"{record.settings['max_model_len']:,}",
+    ]
+
+
+def _throughput(record: Record) -> list[str]:
+    results: Any = record.results
+    cells = _stored(record)
+    for phase in ("prompt", "decode"):
+        stock, own = (results[who][f"{phase}_tokens_per_second"] for who in ("stock", "preset"))
+        cells += [f"{stock:,.0f}", f"{own:,.0f}", f"{results[f'{phase}_ratio']:.2f}x"]
+    return cells
+
+
+_PRESET = ["preset", "raw / archived bytes"]
+_Row = Callable[[Record], list[str]]
+_TABLES: dict[str, tuple[list[str], _Row]] = {
+    "quality": (
+        [
+            *_PRESET,
+            "compress after / keep recent",
+            "dtype",
+            "attended keys archived",
+            "perplexity change (95 % interval)",
+            "KL, lower bound (nats)",
+            "same likeliest token",
+            "tokens",
+        ],
+        _quality,
+    ),
+    "identity": (
+        [
+            *_PRESET,
+            "dtype",
+            "identical answers",
+            "identical tokens",
+            "largest gap at a first difference (nats)",
+        ],
+        _identity,
+    ),
+    "capacity": (
+        [*_PRESET, "tokens, stock", "tokens", "against stock", "KV memory", "max_model_len"],
+        _capacity,
+    ),
+    "throughput": (
+        [
+            *_PRESET,
+            "prompt tokens/s, stock",
+            "prompt tokens/s",
+            "against stock",
+            "decoded tokens/s, stock",
+            "decoded tokens/s",
+            "against stock",
+        ],
+        _throughput,
+    ),
+}
