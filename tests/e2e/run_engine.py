@@ -1,0 +1,78 @@
+"""Run one vLLM engine in a process of its own: a job as JSON on stdin, results in a file.
+
+The job: {"llm": {...LLM arguments}, "rounds": [{"prompts": [[token ids]], "sampling": {...},
+"lora": folder or null}]}. Every round is one `LLM.generate` call.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+from prometheus_client import REGISTRY
+from vllm import LLM, SamplingParams
+from vllm.lora.request import LoRARequest
+
+
+def completion(output) -> dict:
+    answer = output.outputs[0]
+    logprobs = [sorted((p.logprob for p in step.values()), reverse=True) for step in answer.logprobs]
+    prompt = [
+        None if step is None else step[token].logprob
+        for step, token in zip(
+            output.prompt_logprobs or [], output.prompt_token_ids, strict=False
+        )
+    ]
+    return {
+        "tokens": list(answer.token_ids),
+        "gaps": [top[0] - top[1] for top in logprobs],
+        "cached": output.num_cached_tokens,
+        "prompt_logprobs": prompt,
+    }
+
+
+def kvpca_samples() -> dict[str, float]:
+    """kvpca_* series of this process by name and labels (without model and engine)."""
+    samples = {}
+    for family in REGISTRY.collect():
+        for sample in family.samples:
+            if sample.name.startswith("kvpca_"):
+                samples[f"{sample.name}/{sample.labels.get('state', '')}".rstrip("/")] = sample.value
+    return samples
+
+
+def main() -> None:
+    job = json.load(sys.stdin)
+    llm = LLM(disable_log_stats=False, **job["llm"])
+    rounds = []
+    for spec in job["rounds"]:
+        lora = LoRARequest("adapter", 1, spec["lora"]) if spec.get("lora") else None
+        outputs = llm.generate(
+            [{"prompt_token_ids": ids} for ids in spec["prompts"]],
+            SamplingParams(logprobs=2, **spec["sampling"]),
+            lora_request=lora,
+            use_tqdm=False,
+        )
+        rounds.append([completion(output) for output in outputs])
+    counters = {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    pool = scheduler.kv_cache_manager.block_pool
+    result = {
+        "rounds": rounds,
+        "preemptions": counters["vllm:num_preemptions"],
+        "metrics": kvpca_samples(),
+        "free_blocks": pool.get_num_free_blocks(),
+        "usable_blocks": pool.num_gpu_blocks - 1,
+        "capacity": llm.llm_engine.vllm_config.cache_config.num_gpu_blocks,
+        "groups": [
+            [type(g.kv_cache_spec).__name__, len(g.layer_names), g.kv_cache_spec.block_size]
+            for g in scheduler.kv_cache_config.kv_cache_groups
+        ],
+    }
+    with open(os.environ["RESULT_FILE"], "w") as file:
+        json.dump(result, file)
+
+
+if __name__ == "__main__":
+    main()
