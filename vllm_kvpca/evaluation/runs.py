@@ -76,7 +76,11 @@ def identity(
     seed: int = 0,
     **more: Any,
 ) -> Iterator[Record]:
-    """Records of kind "identity": one for each dtype and preset."""
+    """Records of kind "identity": one for each dtype and preset, and a control for each dtype.
+
+    The control is stock against stock with steps of half as many tokens: how often answers part
+    for no other reason than the order of summation.
+    """
     files = texts.find_texts(text)
     lengths = identity_.PROMPT_TOKENS
     longest = max(lengths)
@@ -87,8 +91,9 @@ def identity(
             model=model, dtype=dtype, max_model_len=longest + generated, seed=seed, **more
         )
         stock, resolved = identity_.answer(common, prompts, generated)
-        for name in preset_names:
-            settings = common.model_copy(update={"preset": name})
+        control: dict[str, Any] = {"max_num_batched_tokens": common.max_num_batched_tokens // 2}
+        for changes in [control, *({"preset": name} for name in preset_names)]:
+            settings = common.model_copy(update=changes)
             other, _ = identity_.answer(settings, prompts, generated)
             results = identity_.compare(stock, other, lengths) | {"dtype": resolved}
             yield _record("identity", settings, results, {}, files, resolved)

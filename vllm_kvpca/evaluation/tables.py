@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_kvpca.errors import OptionsError
+from vllm_kvpca.evaluation.engine import STOCK
 from vllm_kvpca.evaluation.record import Record
 
 _TABLE = re.compile(r"(<!-- table:(?P<kind>[a-z-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
@@ -90,7 +91,10 @@ def _threads(record: Record) -> str:
 def _stored(record: Record) -> list[str]:
     """Preset, and its ratio of K and V together; a ratio of V alone is never shown."""
     settings: Any = record.settings
-    return [f"`{settings['preset']}`", f"{settings['total_ratio']:.2f}x"]
+    name = f"`{settings['preset']}`"
+    if settings["preset"] == STOCK:
+        name = f"stock, steps of {settings['max_num_batched_tokens']:,} tokens"
+    return [name, f"{settings['total_ratio']:.2f}x"]
 
 
 def _thresholds(record: Record) -> str:
