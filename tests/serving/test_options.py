@@ -1,0 +1,259 @@
+"""Options of an engine, and what it refuses before any memory is taken."""
+
+from __future__ import annotations
+
+import inspect
+from types import SimpleNamespace
+
+import pytest
+import torch
+from vllm.config import (
+    CacheConfig,
+    KVEventsConfig,
+    ModelConfig,
+    ParallelConfig,
+    SchedulerConfig,
+    VllmConfig,
+    set_current_vllm_config,
+)
+from vllm.model_executor import parameter
+from vllm.model_executor.layers import linear
+
+from vllm_kvpca.errors import LayoutError, OptionsError, PresetMismatch, UnsupportedError
+from vllm_kvpca.preset import FORMATS, ModelShape, Preset, PresetConfig
+from vllm_kvpca.preset.formats import CALIBRATED_FORMATS
+from vllm_kvpca.serving import options as options_module
+from vllm_kvpca.serving.layers import local_kv_heads
+from vllm_kvpca.serving.options import (
+    CompressionOptions,
+    check_engine,
+    full_attention_layers,
+    model_names,
+)
+
+# --- parsing --------------------------------------------------------------------------------
+
+
+def test_thresholds_have_defaults():
+    options = CompressionOptions.parse({"preset": "k8v4"})
+    assert (options.compress_after, options.keep_recent) == (512, 256)
+    unset = {"preset": "k8v4", "compress_after": None, "keep_recent": None}
+    assert CompressionOptions.parse(unset) == options
+
+
+def test_options_come_from_additional_config():
+    values = {"preset": "k8v4", "compress_after": 100, "keep_recent": 0}
+    config = SimpleNamespace(additional_config={"kv_compression": values})
+    assert CompressionOptions.of(config).model_dump() == values
+    for empty in (None, {}, {"other": 1}):
+        assert CompressionOptions.of(SimpleNamespace(additional_config=empty)) is None
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ("k8v4", r'additional_config\["kv_compression"\] must be a dictionary'),
+        (["k8v4"], r"must be a dictionary"),
+        ({}, r"needs a preset.*--kv-compression-preset.*k8v4"),
+        ({"preset": ""}, r"needs a preset"),
+        ({"preset": None}, r"needs a preset"),
+        ({"preset": 8}, r"preset: .*string.*Known options: preset, compress_after, keep_recent"),
+        ({"preset": "k8v4", "compress": 1}, r"compress: Extra inputs.*Known options: preset"),
+        ({"preset": "k8v4", "compress_after": "many"}, r"compress_after: .*integer"),
+        ({"preset": "k8v4", "keep_recent": 1.5}, r"keep_recent: .*integer"),
+        ({"preset": "k8v4", "compress_after": -1, "keep_recent": 0}, r"--kv-compress-after"),
+        ({"preset": "k8v4", "keep_recent": -1}, r"keep_recent is -1.*--kv-keep-recent"),
+        (
+            {"preset": "k8v4", "compress_after": 100},
+            r"keep_recent \(256\) exceeds compress_after \(100\)",
+        ),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(values, words):
+    with pytest.raises(OptionsError, match=words):
+        CompressionOptions.parse(values)
+
+
+# --- what compression cannot be combined with -----------------------------------------------
+
+SUPPORTED = {
+    "kv_transfer_config": None,
+    "kv_events_config": None,
+    "speculative_config": None,
+    "cache_config.kv_offloading_size": None,
+    "cache_config.cache_dtype": "auto",
+    "cache_config.kv_sharing_fast_prefill": False,
+    "parallel_config.decode_context_parallel_size": 1,
+    "parallel_config.prefill_context_parallel_size": 1,
+    "parallel_config.pipeline_parallel_size": 1,
+    "parallel_config.use_ubatching": False,
+    "scheduler_config.disable_hybrid_kv_cache_manager": None,
+    "model_config.model": "org/Model-1B",
+    "model_config.served_model_name": "org/Model-1B",
+    "model_config.hf_config": SimpleNamespace(),
+    "model_config.hf_text_config": SimpleNamespace(),
+    "model_config.runner_type": "generate",
+    "model_config.is_encoder_decoder": False,
+    "model_config.use_mla": False,
+    "model_config.is_mm_prefix_lm": False,
+    "model_config.rswa_window": None,
+    "model_config.dtype": torch.bfloat16,
+    "model_config.get_total_num_hidden_layers": lambda: 4,
+    "model_config.get_total_num_kv_heads": lambda: 2,
+    "model_config.get_head_size": lambda: 64,
+}
+
+UNSUPPORTED = {
+    "kv_transfer_config": (object(), "--kv-transfer-config"),
+    "kv_events_config": (SimpleNamespace(enable_kv_cache_events=True), "KV cache events"),
+    "speculative_config": (object(), "--speculative-config"),
+    "cache_config.kv_offloading_size": (4.0, "--kv-offloading-size"),
+    "cache_config.cache_dtype": ("fp8", "--kv-cache-dtype fp8"),
+    "cache_config.kv_sharing_fast_prefill": (True, "--kv-sharing-fast-prefill"),
+    "parallel_config.decode_context_parallel_size": (2, "--decode-context-parallel-size"),
+    "parallel_config.prefill_context_parallel_size": (2, "--prefill-context-parallel-size"),
+    "parallel_config.pipeline_parallel_size": (2, "--pipeline-parallel-size"),
+    "parallel_config.use_ubatching": (True, "--enable-dbo"),
+    "scheduler_config.disable_hybrid_kv_cache_manager": (
+        True,
+        "--disable-hybrid-kv-cache-manager",
+    ),
+    "model_config.runner_type": ("pooling", "--runner pooling"),
+    "model_config.is_encoder_decoder": (True, "encoder-decoder models"),
+    "model_config.use_mla": (True, "MLA models"),
+    "model_config.is_mm_prefix_lm": (True, "bidirectional attention over images"),
+    "model_config.rswa_window": (128, "reference sliding windows"),
+    "model_config.dtype": (torch.float32, "--dtype float32 (use bfloat16 or float16)"),
+}
+
+
+def make_engine(changes: dict | None = None) -> SimpleNamespace:
+    """A configuration that is supported but for the changes."""
+    config = SimpleNamespace()
+    for path, value in (SUPPORTED | (changes or {})).items():
+        part, _, name = path.rpartition(".")
+        if part and not hasattr(config, part):
+            setattr(config, part, SimpleNamespace())
+        setattr(getattr(config, part) if part else config, name, value)
+    return config
+
+
+PRESET = Preset("k8v4", FORMATS["k8v4"])
+
+
+def test_a_plain_engine_is_accepted():
+    check_engine(make_engine(), PRESET)
+    check_engine(make_engine({"model_config.dtype": torch.float16}), PRESET)
+    quiet = SimpleNamespace(enable_kv_cache_events=False)
+    check_engine(make_engine({"kv_events_config": quiet}), PRESET)
+
+
+@pytest.mark.parametrize("option", UNSUPPORTED)
+def test_each_unsupported_option_is_named(option):
+    value, named = UNSUPPORTED[option]
+    with pytest.raises(UnsupportedError) as refusal:
+        check_engine(make_engine({option: value}), PRESET)
+    message = str(refusal.value)
+    others = [text for other, (_, text) in UNSUPPORTED.items() if other != option]
+    assert named in message and not any(text in message for text in others)
+    assert "serve without --kv-compression-preset" in message
+
+
+def test_all_unsupported_options_are_named_at_once():
+    changes = {option: value for option, (value, _) in UNSUPPORTED.items()}
+    with pytest.raises(UnsupportedError) as refusal:
+        check_engine(make_engine(changes), PRESET)
+    for _, named in UNSUPPORTED.values():
+        assert named in str(refusal.value)
+
+
+def test_no_refusal_is_without_a_test():
+    assert len(options_module._unsupported(make_engine())) == len(UNSUPPORTED)
+
+
+def test_vllm_still_has_every_option_that_is_looked_at():
+    """A renamed option would no longer be refused."""
+    classes = {
+        "cache_config": CacheConfig,
+        "parallel_config": ParallelConfig,
+        "scheduler_config": SchedulerConfig,
+        "model_config": ModelConfig,
+    }
+    for path in SUPPORTED:
+        part, _, name = path.rpartition(".")
+        owner = classes.get(part, VllmConfig)
+        known = name in owner.__dataclass_fields__ or hasattr(owner, name)
+        assert known or f"self.{name} = " in inspect.getsource(owner), path
+    assert "enable_kv_cache_events" in KVEventsConfig.__dataclass_fields__
+
+
+def calibrated(**shape) -> Preset:
+    values = {"name": "org/Model-1B", "num_layers": 4, "num_kv_heads": 2, "head_dim": 64}
+    description, k, v = CALIBRATED_FORMATS["v-mixed"]
+    model = ModelShape(**(values | shape))
+    config = PresetConfig(format="v-mixed", description=description, k=k, v=v, model=model)
+    return Preset("mine", config)
+
+
+def test_a_preset_of_the_served_model_is_accepted():
+    check_engine(make_engine(), calibrated())
+
+
+@pytest.mark.parametrize(
+    "shape", [{"name": "org/Other"}, {"num_layers": 5}, {"num_kv_heads": 1}, {"head_dim": 128}]
+)
+def test_a_preset_of_another_model_is_refused(shape):
+    with pytest.raises(PresetMismatch, match="'mine' was calibrated for another model"):
+        check_engine(make_engine(), calibrated(**shape))
+
+
+def test_a_head_dim_that_no_band_fits_is_refused():
+    engine = make_engine({"model_config.get_head_size": lambda: 100})
+    with pytest.raises(LayoutError, match="head_dim 100"):
+        check_engine(engine, PRESET)
+
+
+# --- the model ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("served", ["alias", ["alias", "second"], None])
+def test_all_names_of_a_model(served):
+    config = SimpleNamespace(
+        model="/models/a",
+        served_model_name=served,
+        hf_config=SimpleNamespace(_name_or_path="org/a"),
+    )
+    aliases = [served] if isinstance(served, str) else served or []
+    assert model_names(config) == ["/models/a", *aliases, "org/a"]
+
+
+def test_full_attention_layers_of_a_mixed_model():
+    kinds = ["sliding_attention", "full_attention", "linear_attention", "full_attention"]
+    text = SimpleNamespace(layer_types=kinds)
+    assert full_attention_layers(SimpleNamespace(hf_text_config=text)) == [1, 3]
+    plain = SimpleNamespace(hf_text_config=SimpleNamespace(), get_total_num_hidden_layers=lambda: 3)
+    assert full_attention_layers(plain) == [0, 1, 2]
+
+
+def vllm_kv_heads(monkeypatch, total: int, rank: int, world: int) -> list[int]:
+    """Heads that vLLM's own QKV projection loads on a rank: row h of the weight holds h."""
+    for module in (linear, parameter):
+        monkeypatch.setattr(module, "get_tensor_model_parallel_rank", lambda: rank)
+        monkeypatch.setattr(module, "get_tensor_model_parallel_world_size", lambda: world)
+    head = 8
+    layer = linear.QKVParallelLinear(8, head, 32, total, bias=False, params_dtype=torch.float32)
+    weight = torch.arange(total).repeat_interleave(head)[:, None].expand(-1, 8).float()
+    layer.weight_loader(layer.weight, weight.contiguous(), "k")
+    first = layer.num_heads * head
+    keys = layer.weight.data[first : first + layer.num_kv_heads * head]
+    return keys[::head, 0].int().tolist()
+
+
+@pytest.mark.parametrize(
+    ("total", "world"), [(1, 1), (8, 1), (8, 2), (8, 8), (4, 8), (2, 8), (1, 4), (32, 4)]
+)
+def test_bases_follow_the_kv_heads_of_each_rank(monkeypatch, total, world):
+    with set_current_vllm_config(VllmConfig()):
+        for rank in range(world):
+            loaded = vllm_kv_heads(monkeypatch, total, rank, world)
+            assert local_kv_heads(total, rank, world) == loaded
