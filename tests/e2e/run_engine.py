@@ -17,12 +17,12 @@ from vllm.lora.request import LoRARequest
 
 def completion(output) -> dict:
     answer = output.outputs[0]
-    logprobs = [sorted((p.logprob for p in step.values()), reverse=True) for step in answer.logprobs]
+    logprobs = [
+        sorted((entry.logprob for entry in step.values()), reverse=True) for step in answer.logprobs
+    ]
     prompt = [
         None if step is None else step[token].logprob
-        for step, token in zip(
-            output.prompt_logprobs or [], output.prompt_token_ids, strict=False
-        )
+        for step, token in zip(output.prompt_logprobs or [], output.prompt_token_ids, strict=False)
     ]
     return {
         "tokens": list(answer.token_ids),
@@ -38,7 +38,8 @@ def kvpca_samples() -> dict[str, float]:
     for family in REGISTRY.collect():
         for sample in family.samples:
             if sample.name.startswith("kvpca_"):
-                samples[f"{sample.name}/{sample.labels.get('state', '')}".rstrip("/")] = sample.value
+                state = sample.labels.get("state")
+                samples[f"{sample.name}/{state}" if state else sample.name] = sample.value
     return samples
 
 

@@ -19,7 +19,7 @@ def mean_nll(answer) -> float:
 def teacher_forced(preset):
     """One text through the engine in chunks of 64, so that nearly all keys are archived."""
     sampling = {"temperature": 0, "max_tokens": 1, "prompt_logprobs": 0}
-    rounds = [{"prompts": text_prompts([2000]), "sampling": sampling}]
+    rounds = [{"prompts": text_prompts([1200]), "sampling": sampling}]
     limits = {"max_num_batched_tokens": 64, "max_num_seqs": 8, "enable_prefix_caching": False}
     return run(rounds, preset, **limits)["rounds"][0][0]
 
@@ -35,8 +35,8 @@ def test_archiving_everything_keeps_the_model_s_predictions():
 def test_three_tensor_parallel_ranks_answer_like_one():
     """SmolLM2 has three KV heads: each rank takes the bases of its own."""
     preset = {"preset": "k8v4", "compress_after": 256, "keep_recent": 128}
-    sampling = {**GREEDY, "max_tokens": 24}
-    rounds = [{"prompts": text_prompts([150, 900]), "sampling": sampling}]
+    sampling = {**GREEDY, "max_tokens": 16}
+    rounds = [{"prompts": text_prompts([150, 600]), "sampling": sampling}]
     one = run(rounds, preset)
     three = run(rounds, preset, tensor_parallel_size=3)
     assert one["metrics"]["kvpca_archived_tokens_total"] > 0

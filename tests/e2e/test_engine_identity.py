@@ -7,13 +7,13 @@ from engines import GREEDY, assert_same_tokens, run, text_prompts
 
 pytestmark = pytest.mark.e2e
 
-LENGTHS = [100, 200, 230, 300, 700, 1500, 2200, 3000]
+LENGTHS = [100, 245, 300, 700, 1500]
 """Below, across and far above compress_after = 256; chunks of 512."""
 RAW = {"preset": "raw", "compress_after": 256, "keep_recent": 128}
-SHORT = slice(0, 4)
+SHORT = slice(0, 3)
 
 
-def greedy(prompts, max_tokens=48, **more):
+def greedy(prompts, max_tokens=24, **more):
     return {"prompts": prompts, "sampling": {**GREEDY, "max_tokens": max_tokens}, **more}
 
 
@@ -26,10 +26,9 @@ def prompts():
 def adapter(tmp_path_factory):
     """A LoRA adapter with random weights on all attention projections."""
     import torch
+    from engines import model
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
-
-    from engines import model
 
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_pretrained(model())
@@ -46,19 +45,19 @@ def adapter(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def stock(prompts, adapter):
-    rounds = [greedy(prompts), greedy(prompts[4:6], lora=adapter)]
+    rounds = [greedy(prompts), greedy(prompts[3:5], lora=adapter)]
     return run(rounds, None, enable_lora=True)
 
 
 @pytest.fixture(scope="module")
 def raw(prompts, adapter):
-    rounds = [greedy(prompts), greedy(prompts), greedy(prompts[4:6], lora=adapter)]
+    rounds = [greedy(prompts), greedy(prompts), greedy(prompts[3:5], lora=adapter)]
     return run(rounds, RAW, enable_lora=True)
 
 
 def test_raw_storage_answers_like_stock(stock, raw):
     assert_same_tokens(stock["rounds"][0], raw["rounds"][0])
-    assert raw["metrics"]["kvpca_archived_tokens_total"] > 5000
+    assert raw["metrics"]["kvpca_archived_tokens_total"] > 2000
 
 
 def test_a_second_request_reuses_archive_and_recent_tokens(raw):
@@ -70,7 +69,7 @@ def test_a_second_request_reuses_archive_and_recent_tokens(raw):
 
 
 def test_lora_adapters_still_work(stock, raw):
-    plain, adapted = stock["rounds"][0][4], stock["rounds"][1][0]
+    plain, adapted = stock["rounds"][0][3], stock["rounds"][1][0]
     assert plain["tokens"] != adapted["tokens"], "the adapter must matter"
     assert_same_tokens(stock["rounds"][1], raw["rounds"][2])
 
@@ -83,7 +82,7 @@ def test_all_blocks_come_back(raw):
 
 def test_preempted_sequences_resume_with_the_same_answers(prompts, raw):
     """A pool too small for all requests at once: some are preempted and computed again."""
-    tight = run([greedy(prompts)], RAW, num_gpu_blocks_override=170, max_model_len=3200)
+    tight = run([greedy(prompts)], RAW, num_gpu_blocks_override=75, max_model_len=1600)
     assert tight["preemptions"] > 0
     assert tight["free_blocks"] == tight["usable_blocks"]
     assert_same_tokens(raw["rounds"][0], tight["rounds"][0])

@@ -14,7 +14,7 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 import vllm_kvpca
-from vllm_kvpca.cli import demo_model, evaluate, plot, tables
+from vllm_kvpca.cli import demo_model, doctor, evaluate, plot, tables
 from vllm_kvpca.errors import KvpcaError
 
 
@@ -60,6 +60,7 @@ def _root(
 
 
 app.command("demo-model")(demo_model.demo_model)
+app.command("doctor")(doctor.doctor)
 app.add_typer(evaluate.app, name="evaluate")
 app.command("plot")(plot.plot)
 app.command("tables")(tables.tables)
