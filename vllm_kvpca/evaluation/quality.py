@@ -4,7 +4,7 @@ Both engines read the same windows of text and return the log-probability of eve
 the likeliest ones (`prompt_logprobs`). All windows are in the engine at once and move in step,
 `chunk` tokens at a time. The tokens of one chunk attend to each other raw, so a small chunk,
 and compress_after = keep_recent = 0, is what "every token archived" comes closest to; what share
-of the attended keys really was archived is part of the result.
+of the attended keys of the compressed layers really was archived is part of the result.
 """
 
 from __future__ import annotations

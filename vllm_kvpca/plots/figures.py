@@ -25,7 +25,7 @@ class Theme:
 
 
 THEMES = (
-    Theme("light", "#ffffff", "#1f2328", "#d0d7de", "#f0a44b", "#2f6db5"),
+    Theme("light", "#ffffff", "#1f2328", "#d0d7de", "#d67d1c", "#2f6db5"),
     Theme("dark", "#0d1117", "#e6edf3", "#30363d", "#f2b264", "#3f7fc9"),
 )
 
