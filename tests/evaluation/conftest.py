@@ -11,6 +11,7 @@ def make():
         common = {
             "preset": "k8v4",
             "total_ratio": 2.56,
+            "v_ratio": 3.7647,
             "compress_after": 512,
             "keep_recent": 256,
             "kv_gib": 1.0,

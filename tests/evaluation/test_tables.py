@@ -15,7 +15,7 @@ def test_update_replaces_only_what_is_marked(make):
     assert page.startswith("# Title\n\n<!-- table:capacity -->\n| preset |")
     assert page.endswith("<!-- /table -->\n\nafter\n")
     assert "old" not in page
-    assert "| `k8v4` | 2.56x | 1,000 | 2,100 | 2.10x | 1 GiB | 8,192 |" in page
+    assert "| `k8v4` | 2.56x (3.76x) | 1,000 | 2,100 | 2.10x | 1 GiB | 8,192 |" in page
     assert "vllm-kvpca evaluate capacity\n" in page
     assert "abcdef0123" in page
     assert update(page, [make()]) == page

@@ -196,6 +196,9 @@ def block_life(
 
 def _write(records: Iterable[Record], output: Path, summary: Any) -> None:
     """Write each record as soon as it is there, and say in one line what it found."""
+    from vllm_kvpca.evaluation.record import source_state
+
+    source_state()  # the commit that the measurement begins with
     console = Console(soft_wrap=True, highlight=False)
     for record in records:
         path = record.write(output)

@@ -214,8 +214,12 @@ def versions() -> dict[str, str]:
     return found
 
 
+@lru_cache(maxsize=1)
 def source_state() -> tuple[str | None, bool | None]:
-    """Commit of the source tree this package runs from, and whether its files differ from it."""
+    """Commit of the source tree this package runs from, and whether its files differ from it.
+
+    As it is at the first call: engines run for minutes, and the tree may change meanwhile.
+    """
     tree = Path(__file__).resolve().parents[2]
 
     def git(*arguments: str) -> subprocess.CompletedProcess[str]:

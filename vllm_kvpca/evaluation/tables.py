@@ -89,12 +89,12 @@ def _threads(record: Record) -> str:
 
 
 def _stored(record: Record) -> list[str]:
-    """Preset, and its ratio of K and V together; a ratio of V alone is never shown."""
+    """Preset, and its ratio of K and V together, with that of V alone beside it."""
     settings: Any = record.settings
     name = f"`{settings['preset']}`"
     if settings["preset"] == STOCK:
         name = f"stock, steps of {settings['max_num_batched_tokens']:,} tokens"
-    return [name, f"{settings['total_ratio']:.2f}x"]
+    return [name, f"{settings['total_ratio']:.2f}x ({settings['v_ratio']:.2f}x)"]
 
 
 def _thresholds(record: Record) -> str:
@@ -151,7 +151,7 @@ def _throughput(record: Record) -> list[str]:
     return cells
 
 
-_PRESET = ["preset", "raw / archived bytes"]
+_PRESET = ["preset", "raw / archived bytes of K and V (of V alone)"]
 _Row = Callable[[Record], list[str]]
 _TABLES: dict[str, tuple[list[str], _Row]] = {
     "quality": (
