@@ -49,7 +49,7 @@ class Scrape:
                 self.samples[sample.name][frozenset(sample.labels.items())] = sample.value
 
     def value(self, name: str, **labels: str) -> float:
-        """The one sample of that name that carries these labels; 0 before the first step."""
+        """The one sample of that name that carries these labels."""
         wanted = set(labels.items())
         found = [v for key, v in self.samples.get(name, {}).items() if wanted <= key]
         assert len(found) == 1, f"{len(found)} samples of {name} with {labels}"
