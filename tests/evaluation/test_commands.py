@@ -53,3 +53,5 @@ def test_block_life_ends_with_an_empty_pool(model, tmp_path):
     assert life["archive_blocks"][1] == 0  # 256 tokens: not above compress_after
     assert life["archive_blocks"][-2] > 0
     assert results["final_mib"] < results["final_mib_stock"]
+    # A raw block: its tokens, K and V of 64 two-byte numbers, 3 heads, 30 layers.
+    assert life["block_bytes"] == life["group_block_tokens"][0] * 2 * 64 * 2 * 3 * 30

@@ -41,13 +41,14 @@ def _measure(settings: EngineSettings, prompt: Sequence[int], generated: int) ->
 
         engine.run(llm, [prompt], params, after_step=after_step)
     raw, archive = zip(*counts, strict=True)
-    config = scheduler.kv_cache_config
     return {
         "computed_tokens": computed,
         "raw_blocks": list(raw),
         "archive_blocks": list(archive),
-        "block_bytes": sum(tensor.size for tensor in config.kv_cache_tensors) // config.num_blocks,
-        "group_block_tokens": [group.kv_cache_spec.block_size for group in config.kv_cache_groups],
+        "block_bytes": engine.block_bytes(llm),
+        "group_block_tokens": [
+            group.kv_cache_spec.block_size for group in scheduler.kv_cache_config.kv_cache_groups
+        ],
     }
 
 

@@ -114,6 +114,13 @@ def policy(llm: Any) -> Any:
     return None
 
 
+def block_bytes(llm: Any) -> int:
+    """Bytes of one block of the pool over all layers of a group; groups share the pool's memory,
+    so they all take the same, and the tensors that vLLM lists for each group overlap."""
+    groups = scheduler(llm).kv_cache_config.kv_cache_groups
+    return max(group.kv_cache_spec.page_size_bytes * len(group.layer_names) for group in groups)
+
+
 def watch_chunks(llm: Any) -> dict[str, list[int]]:
     """Record from now on how many tokens of each request every step computes.
 
