@@ -1,0 +1,264 @@
+"""/metrics tells the truth about the cache, while requests run and after they end.
+
+Expected figures come from the model's shape, the block sizes and the policy, or from vLLM's own
+metrics in the same scrape: never from the code that publishes ours.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import pytest
+
+from vllm_kvpca.metrics import METRICS
+
+from .server import ARCHIVE_BLOCK, MAX_MODEL_LEN, NAME, POLICY, RAW_BLOCK, Scrape, Server
+
+pytestmark = pytest.mark.e2e
+
+LAYERS, KV_HEADS, HEAD_DIM = 30, 3, 64  # of SmolLM2-135M
+RAW_TOKEN_BYTES = LAYERS * KV_HEADS * HEAD_DIM * 2 * 2  # K and V, 16 bits each
+PAGE = RAW_BLOCK * RAW_TOKEN_BYTES
+# Token ids that spell nothing special; the count of a prompt is then known exactly.
+WORDS = range(1000, 1400)
+
+
+def prompt(length: int, first: int) -> list[int]:
+    """A prompt of exactly `length` tokens; different `first` share no prefix."""
+    return [WORDS[(first * 37 + i * (first + 1)) % len(WORDS)] for i in range(length)]
+
+
+def generate(server: Server, tokens: list[int], count: int) -> None:
+    with server.client() as client:
+        answer = client.completions.create(
+            model=NAME,
+            prompt=tokens,
+            max_tokens=count,
+            temperature=0,
+            extra_body={"ignore_eos": True},
+        )
+    assert answer.usage.prompt_tokens == len(tokens)
+    assert answer.usage.completion_tokens == count
+
+
+@contextmanager
+def sampling(server: Server) -> Iterator[list[Scrape]]:
+    """Scrapes taken all the while, and once more after the last request has ended."""
+    scrapes: list[Scrape] = []
+    stop = threading.Event()
+
+    def sample() -> None:
+        while not stop.wait(0.05):
+            scrapes.append(server.scrape())
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    try:
+        yield scrapes
+    finally:
+        stop.set()
+        thread.join()
+    scrapes.append(server.wait_until_idle())
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Our figures of one scrape, by their states."""
+
+    raw_bytes: float
+    archived_bytes: float
+    free_bytes: float
+    raw_tokens: float
+    archived_tokens: float
+    raw_sequences: float
+    archived_sequences: float
+
+    @staticmethod
+    def of(scrape: Scrape) -> Cache:
+        states = {
+            "kvpca_kv_cache_bytes": ("raw", "archived", "free"),
+            "kvpca_kv_cache_tokens": ("raw", "archived"),
+            "kvpca_sequences": ("raw", "archived"),
+        }
+        return Cache(*(scrape.value(n, state=s) for n, all_ in states.items() for s in all_))
+
+    @property
+    def used_bytes(self) -> float:
+        return self.raw_bytes + self.archived_bytes
+
+
+@pytest.fixture(scope="module")
+def at_start(server: Server) -> Scrape:
+    """After a first, short request: the figures come with the first step of the engine."""
+    generate(server, prompt(8, first=5), 2)
+    return server.wait_until_idle()
+
+
+@pytest.fixture(scope="module")
+def one(server: Server, at_start: Scrape) -> list[Scrape]:
+    """One request, 200 to 470 tokens long: raw at first, then archived in two steps."""
+    with sampling(server) as scrapes:
+        generate(server, prompt(200, first=0), 270)
+    return scrapes
+
+
+SEVERAL = ((30, 120), (230, 120), (480, 40), (900, 120))
+"""Tokens of the prompt and of the answer: one that stays raw, one that grows, two long ones."""
+
+
+@pytest.fixture(scope="module")
+def several(server: Server, one: list[Scrape]) -> list[Scrape]:
+    """The requests of SEVERAL together, and one more with the longest one's prompt."""
+    with sampling(server) as scrapes, ThreadPoolExecutor(5) as pool:
+        jobs = [
+            pool.submit(generate, server, prompt(length, first), count)
+            for first, (length, count) in enumerate(SEVERAL, start=1)
+        ]
+        jobs[2].result()  # only now: a prefix can be shared once it is computed
+        jobs.append(pool.submit(generate, server, prompt(900, first=4), 20))
+        for job in jobs:
+            job.result()
+    return scrapes
+
+
+@pytest.fixture(scope="module")
+def scrapes(at_start: Scrape, one: list[Scrape], several: list[Scrape]) -> list[Scrape]:
+    return [at_start, *one, *several]
+
+
+def blocks_in_pool(scrape: Scrape) -> int:
+    """Usable blocks, from vLLM's own metric; the null block holds nothing."""
+    (labels,) = scrape.samples["vllm:cache_config_info"]
+    return int(dict(labels)["num_gpu_blocks"]) - 1
+
+
+def test_every_metric_of_the_table_is_there(scrapes: list[Scrape]):
+    for scrape in (scrapes[0], scrapes[-1]):
+        published = {
+            (name, tuple(sorted(dict(labels))))
+            for name, samples in scrape.samples.items()
+            for labels in samples
+            # Prometheus' client adds the time since which a counter counts.
+            if name.startswith("kvpca_") and not name.endswith("_created")
+        }
+        assert published == {
+            (
+                metric.name + ("_total" if metric.kind == "counter" else ""),
+                tuple(sorted(("model_name", "engine", *metric.labels))),
+            )
+            for metric in METRICS
+        }
+
+
+def test_labels_are_those_of_vllm(scrapes: list[Scrape]):
+    ours = {key: v for n, s in scrapes[-1].samples.items() if "kvpca_" in n for key, v in s.items()}
+    assert {(dict(key)["model_name"], dict(key)["engine"]) for key in ours} == {(NAME, "0")}
+    assert scrapes[-1].value("kvpca_preset_info", preset="k8v4", format="k8v4") == 1
+
+
+def test_raw_archived_and_free_bytes_are_the_whole_pool(scrapes: list[Scrape]):
+    total = blocks_in_pool(scrapes[0]) * PAGE
+    sums = {c.used_bytes + c.free_bytes for c in map(Cache.of, scrapes)}
+    assert sums == {total}
+    used = {Cache.of(scrape).used_bytes for scrape in scrapes}
+    assert len(used) > 10, "too few different readings to prove anything"
+
+
+def test_bytes_agree_with_the_usage_vllm_reports(scrapes: list[Scrape]):
+    for scrape in scrapes:
+        used = scrape.value("vllm:kv_cache_usage_perc") * blocks_in_pool(scrape)
+        assert Cache.of(scrape).used_bytes / PAGE == pytest.approx(used, abs=1e-6)
+
+
+def test_tokens_of_one_sequence_follow_the_policy(one: list[Scrape]):
+    readings = [c for c in map(Cache.of, one) if c.raw_tokens + c.archived_tokens]
+    lengths = [int(c.raw_tokens + c.archived_tokens) for c in readings]
+    assert [c.archived_tokens for c in readings] == [POLICY.boundary(n) for n in lengths]
+    assert lengths == sorted(lengths)
+    assert 200 <= lengths[0] < 256 and 448 < lengths[-1] < 470
+    assert {POLICY.boundary(n) for n in lengths} == {0, 160, 320}
+
+
+def test_one_sequence_holds_the_blocks_its_tokens_need(one: list[Scrape]):
+    settled = 0
+    for cache in map(Cache.of, one):
+        length = int(cache.raw_tokens + cache.archived_tokens)
+        assert cache.archived_bytes == cache.archived_tokens // ARCHIVE_BLOCK * PAGE
+        needed = -(-cache.raw_tokens // RAW_BLOCK) * PAGE
+        # Raw blocks are given back one step after their tokens were archived.
+        late = POLICY.boundary(length) - POLICY.boundary(length - 2)
+        assert needed <= cache.raw_bytes <= needed + late // RAW_BLOCK * PAGE
+        settled += length > 0 and not late
+    assert settled > 20
+
+
+def test_savings_are_those_of_the_blocks(scrapes: list[Scrape]):
+    ratios = set()
+    for scrape in scrapes:
+        cache = Cache.of(scrape)
+        would_be = cache.archived_bytes / PAGE * ARCHIVE_BLOCK * RAW_TOKEN_BYTES
+        assert scrape.value("kvpca_kv_cache_saved_bytes") == would_be - cache.archived_bytes
+        expected = (cache.raw_bytes + would_be) / cache.used_bytes if cache.used_bytes else 1
+        ratio = scrape.value("kvpca_kv_cache_compression_ratio")
+        assert ratio == pytest.approx(expected)
+        ratios.add(round(ratio, 1))
+    assert min(ratios) == 1 and max(ratios) > 1.5
+
+
+def test_capacity_is_what_vllm_says_it_is(server: Server, scrapes: list[Scrape]):
+    said = re.search(r"KV cache size: ([\d,]+) tokens", server.log.read_text())
+    assert said is not None
+    for scrape in scrapes:
+        capacity = scrape.value("kvpca_kv_cache_capacity_tokens")
+        assert capacity == int(said[1].replace(",", ""))
+        # As vLLM counts: the null block too, in sequences of the longest length.
+        sequences = (blocks_in_pool(scrape) + 1) / (MAX_MODEL_LEN // RAW_BLOCK)
+        raw = scrape.value("kvpca_kv_cache_capacity_raw_tokens")
+        assert raw == int(sequences * MAX_MODEL_LEN)
+        assert capacity > 1.9 * raw
+
+
+def test_archived_tokens_are_counted_once_and_never_fall(scrapes: list[Scrape], one: list[Scrape]):
+    counts = [scrape.value("kvpca_archived_tokens_total") for scrape in scrapes]
+    assert counts == sorted(counts)
+    assert counts[0] == 0
+    last = 200 + 270 - 1  # the last token of an answer is never computed
+    assert one[-1].value("kvpca_archived_tokens_total") == POLICY.boundary(last)
+    # Of the two that share a prompt the second archives only what the first has not.
+    cold = sum(POLICY.boundary(length + count - 1) for length, count in SEVERAL)
+    assert counts[-1] - POLICY.boundary(last) == cold
+
+
+def test_sequences_are_those_that_run(several: list[Scrape]):
+    seen = set()
+    for scrape in several:
+        cache = Cache.of(scrape)
+        running = scrape.value("vllm:num_requests_running")
+        assert cache.raw_sequences + cache.archived_sequences == running
+        seen.add((cache.raw_sequences, cache.archived_sequences))
+    assert any(raw and archived for raw, archived in seen)
+    assert max(archived for _, archived in seen) >= 3
+
+
+def test_a_shared_prefix_counts_for_each_sequence_but_is_stored_once(several: list[Scrape]):
+    shared = [
+        c
+        for c in map(Cache.of, several)
+        if c.archived_tokens / ARCHIVE_BLOCK * PAGE > c.archived_bytes
+    ]
+    assert shared, "the second request with the prompt never ran beside the first"
+    most = max(c.archived_tokens / ARCHIVE_BLOCK - c.archived_bytes / PAGE for c in shared)
+    assert most == POLICY.boundary(900 - 900 % POLICY.align) / ARCHIVE_BLOCK
+
+
+def test_nothing_is_held_once_all_have_ended(one: list[Scrape], several: list[Scrape]):
+    for scrape in (one[-1], several[-1]):
+        cache = Cache.of(scrape)
+        assert cache == Cache(0, 0, blocks_in_pool(scrape) * PAGE, 0, 0, 0, 0)
+        assert scrape.value("kvpca_kv_cache_saved_bytes") == 0
+        assert scrape.value("kvpca_kv_cache_compression_ratio") == 1
