@@ -14,7 +14,7 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 import vllm_kvpca
-from vllm_kvpca.cli import demo_model, doctor, evaluate, plot, tables
+from vllm_kvpca.cli import calibrate, demo_model, doctor, evaluate, plot, presets, tables
 from vllm_kvpca.errors import KvpcaError
 
 
@@ -59,10 +59,12 @@ def _root(
     pass
 
 
+app.command("calibrate")(calibrate.calibrate)
 app.command("demo-model")(demo_model.demo_model)
 app.command("doctor")(doctor.doctor)
 app.add_typer(evaluate.app, name="evaluate")
 app.command("plot")(plot.plot)
+app.command("presets")(presets.presets)
 app.command("tables")(tables.tables)
 
 if __name__ == "__main__":

@@ -1,0 +1,147 @@
+"""Second moments against all activations of a plain hook, stacked in one go."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, MambaConfig, MambaForCausalLM
+
+from vllm_kvpca.calibration.collect import attention_shape, collect
+from vllm_kvpca.calibration.fit import band_energy, fit_bases, preset_config
+from vllm_kvpca.calibration.text import windows
+from vllm_kvpca.errors import CalibrationError, UnsupportedError
+from vllm_kvpca.preset import load_preset, save_preset
+
+ROUNDING = 1e-5
+"""The model computes in float32, the hook and the cache see the same values: sums agree to
+about 1e-6 of the largest entry."""
+
+
+def hooked(model: Any, sequences: list[list[int]], which: str = "v") -> torch.Tensor:
+    """(layers, tokens, kv_heads, head_dim) outputs of v_proj (or k_proj, before RoPE)."""
+    outputs: list[list[torch.Tensor]] = [[] for _ in model.model.layers]
+    hooks = [
+        getattr(layer.self_attn, f"{which}_proj").register_forward_hook(
+            lambda module, args, out, kept=kept: kept.append(out[0])
+        )
+        for layer, kept in zip(model.model.layers, outputs, strict=True)
+    ]
+    with torch.inference_mode():
+        for sequence in sequences:
+            model(torch.tensor([sequence]), use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    stacked = torch.stack([torch.cat(kept) for kept in outputs])
+    return stacked.unflatten(-1, (-1, model.config.head_dim)).double()
+
+
+@pytest.fixture(scope="module")
+def sequences() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(1)
+    return [
+        torch.randint(0, 320, (length,), generator=generator).tolist()
+        for length in (64, 1, 64, 17, 63)
+    ]
+
+
+def test_moments_of_v_are_those_of_all_activations(model: Any, sequences: list[list[int]]):
+    counted: list[int] = []
+    moments = collect(model, attention_shape(model), ["v"], sequences, counted.append)
+    v = hooked(model, sequences)
+    expected = torch.einsum("lthd,lthe->lhde", v, v) / v.shape[1]
+    assert moments.tokens == sum(counted) == v.shape[1] == 209
+    assert moments.mean("v").dtype == torch.float64
+    torch.testing.assert_close(
+        moments.mean("v"), expected, rtol=0, atol=ROUNDING * float(expected.abs().max())
+    )
+
+
+def test_k_is_taken_after_rope(model: Any, sequences: list[list[int]]):
+    moments = collect(model, attention_shape(model), ["k", "v"], sequences)
+    k = hooked(model, sequences, "k")
+    # A rotation changes directions but no lengths, so the traces agree and the entries do not.
+    traces = moments.mean("k").diagonal(dim1=-2, dim2=-1).sum(-1)
+    torch.testing.assert_close(traces, k.square().sum(-1).mean(1), rtol=ROUNDING, atol=0)
+    before = torch.einsum("lthd,lthe->lhde", k, k) / k.shape[1]
+    assert (moments.mean("k") - before).abs().max() > 0.01 * before.abs().max()
+
+
+def test_a_window_does_not_see_the_one_before(model: Any, sequences: list[list[int]]):
+    shape = attention_shape(model)
+    alone = [collect(model, shape, ["v"], [sequence]) for sequence in sequences]
+    together = collect(model, shape, ["v"], sequences)
+    mean = sum(one.mean("v") * one.tokens for one in alone) / together.tokens
+    torch.testing.assert_close(together.mean("v"), mean, rtol=1e-12, atol=1e-15)
+
+
+def test_the_basis_diagonalizes_the_second_moment(model: Any, sequences: list[list[int]]):
+    shape = attention_shape(model)
+    moments = collect(model, shape, ["v"], sequences)
+    config, bases = preset_config("v-rank-int8", "org/Tiny", None, shape), fit_bases(moments)
+    v = hooked(model, sequences)
+    y = torch.einsum("lthd,lhdc->lthc", v, bases["v"].double())
+    moment = torch.einsum("lthc,lthd->lhcd", y, y) / v.shape[1]
+    energy = moment.diagonal(dim1=-2, dim2=-1)
+    off = moment - torch.diag_embed(energy)
+    assert off.abs().max() < 1e-5 * energy.max()
+    assert (energy[..., :-1] >= energy[..., 1:] - 1e-6 * energy.max()).all()
+    # What the first components leave out is the sum of the smallest eigenvalues, no more.
+    eigenvalues = torch.linalg.eigvalsh(moments.mean("v"))
+    torch.testing.assert_close(
+        energy[..., 24:].sum(-1), eigenvalues[..., :8].sum(-1), rtol=1e-4, atol=0
+    )
+    kept = float((energy[..., :24].sum(-1) / energy.sum(-1)).mean())
+    assert band_energy(moments, bases, config)["v"] == pytest.approx([kept, 1 - kept], abs=1e-5)
+    assert config.layers is None and config.model is not None
+    assert (config.model.num_layers, config.model.num_kv_heads, config.model.head_dim) == (3, 2, 32)
+
+
+def test_same_seed_same_preset(model: Any, tokenizer: Any, text_file: Path, tmp_path: Path):
+    shape = attention_shape(model)
+    for run in ("first", "second"):
+        moments = collect(model, shape, ["v"], windows([text_file], tokenizer, 64, 4000, seed=3))
+        config = preset_config("v-rank-int8", "org/Tiny", "abc", shape)
+        save_preset(tmp_path / run, config, fit_bases(moments), "card")
+    for file in ("config.json", "basis.safetensors"):
+        assert (tmp_path / "first" / file).read_bytes() == (tmp_path / "second" / file).read_bytes()
+    assert load_preset(tmp_path / "first").bases["v"].shape == (3, 2, 32, 32)
+
+
+def test_only_full_attention_layers_are_collected():
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        sliding_window=8,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+    )
+    model = Gemma3ForCausalLM(config).eval()
+    shape = attention_shape(model)
+    assert (shape.num_layers, shape.layers) == (4, (1, 3))
+    sequences = [list(range(40)), list(range(20, 50))]
+    moments = collect(model, shape, ["v"], sequences)
+    v = hooked(model, sequences)[list(shape.layers)]
+    expected = torch.einsum("lthd,lthe->lhde", v, v) / v.shape[1]
+    torch.testing.assert_close(moments.mean("v"), expected, rtol=1e-4, atol=1e-6)
+    assert preset_config("v-rank-int8", "org/Tiny-Gemma", None, shape).layers == (1, 3)
+    assert fit_bases(moments)["v"].shape == (2, 1, 32, 32)
+
+
+def test_a_model_without_attention_is_refused():
+    config = MambaConfig(vocab_size=32, hidden_size=16, state_size=4, num_hidden_layers=2)
+    with pytest.raises(UnsupportedError, match="mamba"):
+        attention_shape(MambaForCausalLM(config).eval())
+
+
+def test_nan_is_refused(model: Any):
+    shape = attention_shape(model)
+    moments = collect(model, shape, ["v"], [[5, 6, 7]])
+    moments.sums["v"][1][0, 0, 0] = float("nan")
+    with pytest.raises(CalibrationError, match="float32"):
+        fit_bases(moments)
