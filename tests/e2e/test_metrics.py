@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import pytest
 
+from vllm_kvpca.cli.metrics_docs import STATES
 from vllm_kvpca.metrics import METRICS
 
 from .server import ARCHIVE_BLOCK, MAX_MODEL_LEN, NAME, POLICY, RAW_BLOCK, Scrape, Server
@@ -153,6 +154,15 @@ def test_every_metric_of_the_table_is_there(scrapes: list[Scrape]):
             )
             for metric in METRICS
         }
+
+
+def test_states_are_those_of_the_documentation(scrapes: list[Scrape]):
+    published: dict[str, set[str]] = {}
+    for name, samples in scrapes[-1].samples.items():
+        for state in (dict(labels).get("state") for labels in samples):
+            if state and name.startswith("kvpca_"):
+                published.setdefault(name.removeprefix("kvpca_"), set()).add(state)
+    assert published == {key: set(states) for key, states in STATES.items()}
 
 
 def test_labels_are_those_of_vllm(scrapes: list[Scrape]):

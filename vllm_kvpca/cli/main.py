@@ -14,7 +14,16 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 import vllm_kvpca
-from vllm_kvpca.cli import calibrate, demo_model, doctor, evaluate, plot, presets, tables
+from vllm_kvpca.cli import (
+    calibrate,
+    demo_model,
+    doctor,
+    evaluate,
+    metrics_docs,
+    plot,
+    presets,
+    tables,
+)
 from vllm_kvpca.errors import KvpcaError
 
 
@@ -63,6 +72,7 @@ app.command("calibrate")(calibrate.calibrate)
 app.command("demo-model")(demo_model.demo_model)
 app.command("doctor")(doctor.doctor)
 app.add_typer(evaluate.app, name="evaluate")
+app.command("metrics-docs")(metrics_docs.metrics_docs)
 app.command("plot")(plot.plot)
 app.command("presets")(presets.presets)
 app.command("tables")(tables.tables)

@@ -1,0 +1,81 @@
+"""`vllm-kvpca metrics-docs`: the page of metrics, from the table that creates them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vllm_kvpca.errors import OptionsError
+from vllm_kvpca.metrics import COMMON_LABELS, METRICS, Metric
+
+PAGE = Path("docs/metrics.md")
+
+STATES = {
+    "kv_cache_bytes": ("raw", "archived", "free"),
+    "kv_cache_tokens": ("raw", "archived"),
+    "sequences": ("raw", "archived"),
+}
+
+_HEAD = f"""# Metrics
+
+`vllm serve` with `--kv-compression-preset` adds these to its `/metrics`. All carry vLLM's labels
+{" and ".join(f"`{label}`" for label in COMMON_LABELS)}. They come from the scheduler with every
+step of the engine, together with vLLM's own `vllm:kv_cache_usage_perc`: before the first request
+only `kvpca_preset_info` has a value.
+
+This page is made from the table in `vllm_kvpca/metrics.py`: `vllm-kvpca metrics-docs`.
+
+| metric | type | unit | labels | meaning |
+| --- | --- | --- | --- | --- |
+"""
+
+_TAIL = """
+## Queries
+
+Share of the cache in use, as in `vllm:kv_cache_usage_perc`:
+
+    1 - sum by (model_name, engine) (kvpca_kv_cache_bytes{state="free"})
+      / sum by (model_name, engine) (kvpca_kv_cache_bytes)
+
+Tokens archived per second:
+
+    rate(kvpca_archived_tokens_total[5m])
+
+How many times more tokens fit than without compression:
+
+    kvpca_kv_cache_capacity_tokens / kvpca_kv_cache_capacity_raw_tokens
+"""
+
+
+def page() -> str:
+    """The whole page."""
+    return _HEAD + "".join(_row(metric) for metric in METRICS) + _TAIL
+
+
+def _row(metric: Metric) -> str:
+    name = metric.name + ("_total" if metric.kind == "counter" else "")
+    labels = ", ".join(_label(metric, label) for label in metric.labels) or "-"
+    return f"| `{name}` | {metric.kind} | {metric.unit} | {labels} | {metric.help} |\n"
+
+
+def _label(metric: Metric, label: str) -> str:
+    values = STATES[metric.key] if label == "state" else ()
+    return f"`{label}`" + (f" ({', '.join(values)})" if values else "")
+
+
+def metrics_docs(
+    output: Annotated[Path, typer.Option(help="The page to write.")] = PAGE,
+    check: Annotated[
+        bool, typer.Option("--check", help="Change nothing; fail if the page is stale.")
+    ] = False,
+) -> None:
+    """Write the page that documents the metrics."""
+    fresh = output.exists() and output.read_text() == page()
+    if check and not fresh:
+        raise OptionsError(f"{output} is stale: run vllm-kvpca metrics-docs.")
+    if not fresh:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(page())
+        print(output)
