@@ -100,6 +100,11 @@ def start(settings: EngineSettings, in_core: bool = True, **more: Any) -> Any:
     )
 
 
+def stop(llm: Any) -> None:
+    """End the processes of an engine started without `in_core`; else ours would wait for them."""
+    llm.llm_engine.engine_core.shutdown()
+
+
 def scheduler(llm: Any) -> Any:
     """The scheduler of an engine started with `in_core`."""
     return llm.llm_engine.engine_core.engine_core.scheduler

@@ -39,11 +39,14 @@ def _measure(
 ) -> list[tuple[float, float]]:
     llm = engine.start(settings, in_core=False)
     times = []
-    with steps(settings.preset, repeats + 1) as step:
-        for _ in range(repeats + 1):
-            prefill = _seconds(llm, prompts, 1)
-            times.append((prefill, _seconds(llm, prompts, generated) - prefill))
-            step()
+    try:
+        with steps(settings.preset, repeats + 1) as step:
+            for _ in range(repeats + 1):
+                prefill = _seconds(llm, prompts, 1)
+                times.append((prefill, _seconds(llm, prompts, generated) - prefill))
+                step()
+    finally:
+        engine.stop(llm)
     return times[1:]
 
 
