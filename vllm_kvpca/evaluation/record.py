@@ -42,6 +42,8 @@ class Hardware(_Strict):
     Attributes:
         cores: logical cores that the process may use.
         threads_bind: value of VLLM_CPU_OMP_THREADS_BIND, the cores vLLM's CPU workers are bound to.
+            It has no effect on engines whose core runs in our process (engine.start): all but
+            those of "throughput".
         ram_gib: main memory, GiB.
         gpu: name of the first GPU, None without one.
     """

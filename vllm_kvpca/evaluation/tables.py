@@ -83,7 +83,7 @@ def _machine(record: Record) -> str:
 
 def _threads(record: Record) -> str:
     bound = record.hardware.threads_bind
-    if bound is None:
+    if bound is None or record.kind != "throughput":
         return f"{record.hardware.cores} cores"
     return f"threads bound to core{'s' if re.search('[-,|]', bound) else ''} {bound}"
 
