@@ -44,6 +44,8 @@ def run(rounds: list[dict[str, Any]], preset: dict[str, Any] | None, **llm: Any)
             "HF_HUB_OFFLINE": "1",
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "RESULT_FILE": str(result),
+            # By default vLLM wants a NUMA node for each rank.
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind" if "tensor_parallel_size" in llm else "auto",
         }
         process = subprocess.run(
             [sys.executable, str(SCRIPT)],

@@ -62,7 +62,7 @@ def gemma_shaped(tmp_path_factory):
         max_position_embeddings=4096,
     )
     folder = tmp_path_factory.mktemp("gemma")
-    Gemma3ForCausalLM(config).half().save_pretrained(folder)
+    Gemma3ForCausalLM(config).bfloat16().save_pretrained(folder)
     return str(folder)
 
 
@@ -70,7 +70,7 @@ def test_sliding_window_layers_stay_with_vllm(gemma_shaped):
     torch.manual_seed(1)
     prompts = [torch.randint(5, 500, (n,)).tolist() for n in (90, 700, 1500)]
     rounds = [{"prompts": prompts, "sampling": {**GREEDY, "max_tokens": 16}}] * 2
-    settings = {"model": gemma_shaped, "skip_tokenizer_init": True}
+    settings = {"model": gemma_shaped, "dtype": "bfloat16", "skip_tokenizer_init": True}
     stock = run(rounds, None, **settings)
     preset = {"preset": "raw", "compress_after": 256, "keep_recent": 128}
     mixed = run(rounds, preset, **settings)
