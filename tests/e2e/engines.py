@@ -14,6 +14,8 @@ from vllm_kvpca.cli.demo_model import ModelName, ensure
 
 SCRIPT = Path(__file__).parent / "run_engine.py"
 GREEDY = {"temperature": 0, "ignore_eos": True}
+UNBOUND = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+"""By default vLLM wants a NUMA node for each rank; unbound ranks must not fight for cores."""
 TIE = 0.04
 """Two tokens this close in log-probability count as tied. The logits of SmolLM2 lie between 16
 and 32, where neighbouring float16 numbers are 0.0156 apart: each of two logits may round either
@@ -44,8 +46,7 @@ def run(rounds: list[dict[str, Any]], preset: dict[str, Any] | None, **llm: Any)
             "HF_HUB_OFFLINE": "1",
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "RESULT_FILE": str(result),
-            # By default vLLM wants a NUMA node for each rank.
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind" if "tensor_parallel_size" in llm else "auto",
+            **(UNBOUND if "tensor_parallel_size" in llm else {}),
         }
         process = subprocess.run(
             [sys.executable, str(SCRIPT)],
