@@ -68,9 +68,12 @@ class Server:
         """The client that users have, without its retries: they would hide failures."""
         return OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=240)
 
-    def scrape(self) -> Scrape:
+    def metrics(self) -> str:
         with urllib.request.urlopen(f"{self.url}/metrics", timeout=60) as answer:
-            return Scrape(answer.read().decode())
+            return str(answer.read().decode())
+
+    def scrape(self) -> Scrape:
+        return Scrape(self.metrics())
 
     def is_healthy(self) -> bool:
         try:

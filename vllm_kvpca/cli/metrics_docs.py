@@ -21,9 +21,8 @@ STATES = {
 _HEAD = f"""# Metrics
 
 `vllm serve` with `--kv-compression-preset` adds these to its `/metrics`. All carry vLLM's labels
-{" and ".join(f"`{label}`" for label in COMMON_LABELS)}. They come from the scheduler with every
-step of the engine, together with vLLM's own `vllm:kv_cache_usage_perc`: before the first request
-only `kvpca_preset_info` has a value.
+{" and ".join(f"`{label}`" for label in COMMON_LABELS)}. They come from the scheduler when
+the engine starts and with every step, together with vLLM's own `vllm:kv_cache_usage_perc`.
 
 This page is made from the table in `vllm_kvpca/metrics.py`: `vllm-kvpca metrics-docs`.
 

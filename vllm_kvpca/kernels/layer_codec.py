@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
-from vllm_kvpca.codec.bands import Band, decode_bands, encode_bands, stored_width
+from vllm_kvpca.codec.bands import Band, decode_bands, encode_bands
 from vllm_kvpca.pages.layout import ArchiveLayout
 
 
@@ -58,7 +59,7 @@ class LayerCodec:
         """
         if self.k_basis is not None:
             query = query @ self.k_basis
-        return query[..., self._stored("k", query.device)]
+        return query[..., stored_components(self.layout.k_bands, query.device)]
 
     def restore_output(self, output: torch.Tensor) -> torch.Tensor:
         """Head vectors from the weighted sum of V's components: one product with B^T.
@@ -71,14 +72,14 @@ class LayerCodec:
         """
         if self.v_basis is None:
             return output
-        return output @ self.v_basis[..., self._stored("v", output.device)].transpose(-1, -2)
+        kept = stored_components(self.layout.v_bands, output.device)
+        return output @ self.v_basis[..., kept].transpose(-1, -2)
 
-    def _stored(self, which: str, device: torch.device) -> slice | torch.Tensor:
-        bands = self.bands(which)
-        width = stored_width(bands)
-        if all(band.bits for band in bands):
-            return slice(None)
-        kept = [torch.full((band.width,), band.bits > 0, device=device) for band in bands]
-        index = torch.cat(kept).nonzero().squeeze(-1)
-        assert len(index) == width
-        return index
+
+@cache
+def stored_components(bands: tuple[Band, ...], device: torch.device) -> slice | torch.Tensor:
+    """Index of the components that are stored at all: all but those of 0-bit bands."""
+    if all(band.bits for band in bands):
+        return slice(None)
+    kept = [torch.full((band.width,), band.bits > 0, device=device) for band in bands]
+    return torch.cat(kept).nonzero().squeeze(-1)

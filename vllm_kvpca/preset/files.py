@@ -267,4 +267,6 @@ def save_preset(
     if bases:
         tensors = {f"{which}_basis": basis.half().contiguous() for which, basis in bases.items()}
         save_file(tensors, folder / BASIS_FILE)
+        # safetensors writes a file that only its owner can read; presets are shared.
+        (folder / BASIS_FILE).chmod(0o644)
     (folder / "README.md").write_text(card)

@@ -95,6 +95,12 @@ class PresetConfig(_Strict):
 
     @model_validator(mode="after")
     def _check(self) -> PresetConfig:
+        if self.layers is not None and self.model is not None:
+            known = range(self.model.num_layers)
+            if len(set(self.layers)) < len(self.layers) or not set(self.layers) <= set(known):
+                raise ValueError(
+                    f"layers {list(self.layers)} must be different indices below {len(known)}"
+                )
         if self.calibrated and self.model is None:
             raise ValueError('a basis "pca" belongs to one model: the field "model" is missing')
         return self

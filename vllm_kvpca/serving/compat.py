@@ -31,6 +31,7 @@ def apply() -> None:
         select_backend,
         allow_backend_on_cpu,
         carry_cache_stats,
+        send_first_stats,
         add_stat_logger,
     ):
         change()
@@ -222,6 +223,29 @@ def carry_cache_stats() -> None:
         return wrapper
 
     _wrap_once(Scheduler, "make_stats", make_stats)
+
+
+# -- first figures: waits for vLLM to send statistics before the first step --------------
+
+
+def send_first_stats() -> None:
+    """Figures from the start: vLLM sends statistics only with the first step, and until then
+    dashboards would lack every series."""
+    from vllm.v1.engine import EngineCoreOutputs
+    from vllm.v1.engine.core import DPEngineCoreProc, EngineCoreProc
+
+    def run_busy_loop(original: Any) -> Any:
+        def wrapper(self: Any) -> Any:
+            if KEY in (self.vllm_config.additional_config or {}):
+                stats = self.scheduler.make_stats()
+                if stats is not None:
+                    self.output_queue.put_nowait((0, EngineCoreOutputs(scheduler_stats=stats)))
+            return original(self)
+
+        return wrapper
+
+    for owner in (EngineCoreProc, DPEngineCoreProc):
+        _wrap_once(owner, "run_busy_loop", run_busy_loop)
 
 
 # -- stat logger: waits for stat-logger plugins that do not switch statistics on ---------

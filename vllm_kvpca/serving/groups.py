@@ -25,24 +25,31 @@ from vllm_kvpca.serving.prefix_hits import GroupView, joint_hit
 
 
 @dataclass(frozen=True, kw_only=True)
-class RecentSpec(AttentionSpec):
-    """Group R: raw K and V of the tokens in [boundary(n), n).
+class _AdaptiveSpec:
+    """What both specs know of the boundary.
 
     vLLM may scale `block_size` to equalize pages with layers of other kinds; `base_block`
     and `base_align` keep the planned values, so that the boundary scales along.
     """
 
+    block_size: int
     compress_after: int
     keep_recent: int
     base_block: int
     base_align: int
-    batches: int = 1
-    """Steps in flight at a time (VllmConfig.max_concurrent_batches)."""
 
     @property
     def policy(self) -> Policy:
         scale = self.block_size // self.base_block
         return Policy(self.compress_after, self.keep_recent, self.base_align * scale)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecentSpec(_AdaptiveSpec, AttentionSpec):
+    """Group R: raw K and V of the tokens in [boundary(n), n)."""
+
+    batches: int = 1
+    """Steps in flight at a time (VllmConfig.max_concurrent_batches)."""
 
     def peak_blocks(self, max_model_len: int) -> int:
         """Most raw blocks one sequence holds; admission and start-up sizing use the same."""
@@ -53,17 +60,13 @@ class RecentSpec(AttentionSpec):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ArchiveSpec(FullAttentionSpec):
+class ArchiveSpec(_AdaptiveSpec, FullAttentionSpec):
     """Group C: archived tokens in [0, boundary(n)).
 
     A FullAttentionSpec, because vLLM's coordinator asks full attention first for
     prefix-cache hits. `page_bytes` is the page of `base_block` archived tokens.
     """
 
-    compress_after: int
-    keep_recent: int
-    base_block: int
-    base_align: int
     page_bytes: int
 
     def __post_init__(self) -> None:
@@ -71,11 +74,6 @@ class ArchiveSpec(FullAttentionSpec):
         wanted = self.page_bytes * (self.block_size // self.base_block)
         padded = max(wanted, self.page_size_padded or 0)
         object.__setattr__(self, "page_size_padded", padded)
-
-    @property
-    def policy(self) -> Policy:
-        scale = self.block_size // self.base_block
-        return Policy(self.compress_after, self.keep_recent, self.base_align * scale)
 
     def max_memory_usage_bytes(self, vllm_config: Any) -> int:
         archived = self.policy.boundary(vllm_config.model_config.max_model_len)

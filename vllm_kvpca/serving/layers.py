@@ -82,14 +82,9 @@ def attach_archive(impl: KvpcaAttentionImpl, vllm_config: Any) -> ArchiveLayer:
     options = CompressionOptions.of(vllm_config)
     assert options is not None
     preset = cached_preset(options.preset)
-    codec = _layer_codec(preset, name, layer, vllm_config)
-    plan = page_plan(vllm_config, options, codec.layout.content_bytes, layer.head_size)
-    codec = LayerCodec(
-        preset.layout(layer.head_size, plan.archive_block),
-        codec.k_basis,
-        codec.v_basis,
-        codec.dtype,
-    )
+    content_bytes = preset.layout(layer.head_size).content_bytes
+    plan = page_plan(vllm_config, options, content_bytes, layer.head_size)
+    codec = _layer_codec(preset, name, layer, vllm_config, plan.archive_block)
     common = {
         "num_kv_heads": layer.num_kv_heads,
         "head_size": layer.head_size,
@@ -108,7 +103,7 @@ def attach_archive(impl: KvpcaAttentionImpl, vllm_config: Any) -> ArchiveLayer:
     spec = ArchiveSpec(
         block_size=plan.archive_block,
         base_block=plan.archive_block,
-        state_content_bytes=codec.layout.content_bytes,
+        state_content_bytes=content_bytes,
         page_bytes=recent.page_size_bytes,
         **common,
     )
@@ -119,7 +114,9 @@ def attach_archive(impl: KvpcaAttentionImpl, vllm_config: Any) -> ArchiveLayer:
     return archive
 
 
-def _layer_codec(preset: Preset, name: str, layer: Any, vllm_config: Any) -> LayerCodec:
+def _layer_codec(
+    preset: Preset, name: str, layer: Any, vllm_config: Any, block_size: int
+) -> LayerCodec:
     total = vllm_config.model_config.get_total_num_kv_heads()
     heads = local_kv_heads(
         total, get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
@@ -130,7 +127,7 @@ def _layer_codec(preset: Preset, name: str, layer: Any, vllm_config: Any) -> Lay
     for which in "kv":
         basis = preset.basis(which, index, heads, layer.head_size)
         bases[f"{which}_basis"] = None if basis is None else basis.to(device)
-    layout = preset.layout(layer.head_size)
+    layout = preset.layout(layer.head_size, block_size)
     return LayerCodec(layout, dtype=layer.kv_cache_torch_dtype, **bases)
 
 
