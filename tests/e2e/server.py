@@ -40,7 +40,7 @@ Labels = frozenset[tuple[str, str]]
 
 
 class Scrape:
-    """One reading of /metrics: everything in it was recorded by the same engine step."""
+    """One reading of /metrics."""
 
     def __init__(self, text: str) -> None:
         self.samples: dict[str, dict[Labels, float]] = defaultdict(dict)

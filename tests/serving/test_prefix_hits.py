@@ -36,8 +36,8 @@ class Pool:
 def make_pool(raw=(0, 0), archived=(0, 0), policy=(192, 96)) -> Pool:
     pool = Pool()
     policy = Policy(*policy, align=ALIGN)
-    GroupView.announce(pool, "recent", GroupView(RECENT, RAW_BLOCK, policy))
-    GroupView.announce(pool, "archive", GroupView(ARCHIVE, ARCHIVE_BLOCK, policy))
+    GroupView.announce(pool, "recent", GroupView(RECENT, RAW_BLOCK, policy, 0))
+    GroupView.announce(pool, "archive", GroupView(ARCHIVE, ARCHIVE_BLOCK, policy, 0))
     pool.put(RECENT, RAW_BLOCK, *raw)
     pool.put(ARCHIVE, ARCHIVE_BLOCK, *archived)
     return pool

@@ -13,7 +13,7 @@ that a kernel reads every region with wide aligned loads:
     | K codes [N, k_code_bytes] | V codes [N, v_code_bytes] | K scales [N, k_scales] bf16
     | V scales [N, v_scales] bf16 | padding up to N * content_bytes |
 
-N is a multiple of 16 and band widths are multiples of 8, so every region starts on a
+N and band widths are multiples of 8, so every region starts on a
 16-byte border of its head.
 
 Worked example: head_dim 64, format k8v4 (K one 8-bit band, V one 4-bit band), N = 80.
@@ -60,7 +60,7 @@ class ArchiveLayout:
 
     Attributes:
         head_dim: length of a head vector.
-        block_size: tokens per archive block, a multiple of 16.
+        block_size: tokens per archive block, a multiple of 8.
         k_bands, v_bands: how K and V are stored.
     """
 

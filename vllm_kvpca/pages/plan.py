@@ -1,7 +1,7 @@
 """Which raw and archive block sizes share one page.
 
 Both groups draw pages of equal bytes from one pool, so an archive block holds as many
-tokens as fit into a raw block's bytes. Whole multiples of 16 tokens waste some bytes, and
+tokens as fit into a raw block's bytes. Whole multiples of 8 tokens waste some bytes, and
 the boundary and prefix-cache hits move in steps of the least common multiple of both block
 sizes. The planner weighs the two: it takes the pair with which one sequence of
 max_model_len tokens occupies the fewest bytes.
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from vllm_kvpca.codec.policy import Policy
 from vllm_kvpca.errors import LayoutError
 
-BLOCK_STEP = 16
+BLOCK_STEP = 8
 RAW_BLOCKS = tuple(range(32, 257, BLOCK_STEP))
 MAX_ALIGN = 640
 """Tokens; larger steps would make prefix-cache hits and the boundary too coarse."""
@@ -50,8 +50,28 @@ def peak_raw_blocks(policy: Policy, raw_block: int, max_model_len: int, batches:
     return min(-(-max_model_len // raw_block), held)
 
 
+def decoding_raw_blocks(
+    policy: Policy, raw_block: int, max_model_len: int, batches: int = 1
+) -> int:
+    """Most raw blocks of a sequence that decodes its last tokens up to max_model_len.
+
+    Less than `peak_raw_blocks`: a decoding step adds one token and leaves no tail behind, so
+    each further step in flight adds one token to what the policy keeps raw.
+    """
+    raw = max_model_len
+    if policy.boundary(max_model_len):
+        raw = min(raw, policy.keep_recent + policy.align + batches - 1)
+    return -(-raw // raw_block)
+
+
 def sequence_blocks(plan: PagePlan, policy: Policy, max_model_len: int, batches: int = 1) -> int:
-    """Blocks of both groups that vLLM reserves for one sequence of `max_model_len` tokens."""
+    """Blocks of both groups in use by one decoding sequence of `max_model_len` tokens."""
+    archive = -(-policy.boundary(max_model_len) // plan.archive_block)
+    return archive + decoding_raw_blocks(policy, plan.raw_block, max_model_len, batches)
+
+
+def peak_blocks(plan: PagePlan, policy: Policy, max_model_len: int, batches: int = 1) -> int:
+    """Blocks that a pool must have so that one sequence can always go on."""
     archive = -(-policy.boundary(max_model_len) // plan.archive_block)
     return archive + peak_raw_blocks(policy, plan.raw_block, max_model_len, batches)
 

@@ -20,7 +20,8 @@ from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCache
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from vllm_kvpca.codec.policy import Policy
-from vllm_kvpca.pages.plan import peak_raw_blocks
+from vllm_kvpca.errors import OptionsError
+from vllm_kvpca.pages.plan import decoding_raw_blocks, peak_raw_blocks
 from vllm_kvpca.serving.prefix_hits import GroupView, joint_hit
 
 
@@ -37,11 +38,16 @@ class _AdaptiveSpec:
     keep_recent: int
     base_block: int
     base_align: int
+    max_model_len: int
 
     @property
     def policy(self) -> Policy:
         scale = self.block_size // self.base_block
         return Policy(self.compress_after, self.keep_recent, self.base_align * scale)
+
+    def peak_blocks(self, num_tokens: int) -> int:
+        """Most blocks of this group that one sequence of so many tokens ever holds."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,12 +57,15 @@ class RecentSpec(_AdaptiveSpec, AttentionSpec):
     batches: int = 1
     """Steps in flight at a time (VllmConfig.max_concurrent_batches)."""
 
-    def peak_blocks(self, max_model_len: int) -> int:
-        """Most raw blocks one sequence holds; admission and start-up sizing use the same."""
-        return peak_raw_blocks(self.policy, self.block_size, max_model_len, self.batches)
+    def peak_blocks(self, num_tokens: int) -> int:
+        return peak_raw_blocks(self.policy, self.block_size, num_tokens, self.batches)
 
     def max_memory_usage_bytes(self, vllm_config: Any) -> int:
-        return self.peak_blocks(vllm_config.model_config.max_model_len) * self.page_size_bytes
+        """What a decoding sequence holds; the tails that prefill leaves for a moment are in
+        `peak_blocks`, which admission and the check at start go by."""
+        longest = vllm_config.model_config.max_model_len
+        blocks = decoding_raw_blocks(self.policy, self.block_size, longest, self.batches)
+        return blocks * self.page_size_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,9 +84,11 @@ class ArchiveSpec(_AdaptiveSpec, FullAttentionSpec):
         padded = max(wanted, self.page_size_padded or 0)
         object.__setattr__(self, "page_size_padded", padded)
 
+    def peak_blocks(self, num_tokens: int) -> int:
+        return cdiv(self.policy.boundary(num_tokens), self.block_size)
+
     def max_memory_usage_bytes(self, vllm_config: Any) -> int:
-        archived = self.policy.boundary(vllm_config.model_config.max_model_len)
-        return cdiv(archived, self.block_size) * self.page_size_bytes
+        return self.peak_blocks(vllm_config.model_config.max_model_len) * self.page_size_bytes
 
     @classmethod
     def merge(cls, specs: list[ArchiveSpec]) -> ArchiveSpec:
@@ -92,8 +103,11 @@ class _GroupManager(SingleTypeKVCacheManager):
 
     def __init__(self, kv_cache_spec: KVCacheSpec, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, **kwargs)
-        view = GroupView(self.kv_cache_group_id, kv_cache_spec.block_size, kv_cache_spec.policy)
+        spec = kv_cache_spec
+        need = spec.peak_blocks(spec.max_model_len)
+        view = GroupView(self.kv_cache_group_id, spec.block_size, spec.policy, need)
         GroupView.announce(self.block_pool, self.role, view)
+        _check_room(self.block_pool, spec.max_model_len)
         self.held: Counter[int] = Counter()
         """Blocks in use by id, with the number of sequences that use each."""
 
@@ -266,6 +280,22 @@ class ArchiveManager(_GroupManager):
         archived = self.kv_cache_spec.policy.boundary(num_tokens)
         super().cache_blocks(
             request, archived, retention_interval, replay_boundaries=replay_boundaries
+        )
+
+
+def _check_room(block_pool: Any, max_model_len: int) -> None:
+    """Refuse a pool in which a single sequence could get stuck.
+
+    Raises:
+        OptionsError: both groups are known and need more than the pool has.
+    """
+    views = GroupView.known(block_pool)
+    need, usable = sum(view.need for view in views), block_pool.num_gpu_blocks - 1
+    if len(views) == 2 and need > usable:
+        raise OptionsError(
+            f"one sequence of {max_model_len} tokens needs {need} KV cache blocks while it is "
+            f"prefilled and compressed, and there is memory for {usable}: lower --max-model-len "
+            "or give the KV cache more memory."
         )
 
 

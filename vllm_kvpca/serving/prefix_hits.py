@@ -17,16 +17,25 @@ _ATTRIBUTE = "_kvpca_groups"
 
 @dataclass(frozen=True)
 class GroupView:
-    """What the search needs to know of a group."""
+    """What the other group's manager needs to know of a group.
+
+    `need` is the most blocks of the group that one sequence holds.
+    """
 
     group_id: int
     block_size: int
     policy: Policy
+    need: int
 
     @staticmethod
     def announce(block_pool: Any, role: str, view: GroupView) -> None:
         """Remember a group with its pool: vLLM's search gets the pool, not the managers."""
         block_pool.__dict__.setdefault(_ATTRIBUTE, {})[role] = view
+
+    @staticmethod
+    def known(block_pool: Any) -> list[GroupView]:
+        """The groups announced so far."""
+        return list(getattr(block_pool, _ATTRIBUTE).values())
 
     @staticmethod
     def of(block_pool: Any) -> tuple[GroupView, GroupView]:
