@@ -69,7 +69,8 @@ def test_codes_of_every_format(name, dtype, heads, head_dim, device):
 @pytest.mark.parametrize("name", ["k8v4", "kv-mixed"])
 @pytest.mark.parametrize("old, new", [(1, 0), (0, 1), (16, 0), (0, 17), (63, 1), (937, 63)])
 def test_any_number_of_tokens_from_both_sources(name, old, new, device):
-    check_listed(name, torch.bfloat16, old, new, 4, 64, device)
+    heads = 1 if old > 63 else 4  # the interpreter takes its time
+    check_listed(name, torch.bfloat16, old, new, heads, 64, device)
 
 
 @pytest.mark.parametrize("name", list(FORMATS))
@@ -110,7 +111,7 @@ DECODE_LENGTHS = [
     (301, 0),  # crosses it: 192 tokens
     (302, 192),  # nothing to do
     (328, 192),  # one step: [192, 288)
-    (1000, 0),  # 960 tokens: more than the grid has tiles
+    (500, 0),  # 384 tokens: more than the grid has tiles
     (329, 300),  # a prefix hit archived more than the boundary
 ]
 
@@ -154,8 +155,8 @@ def test_the_last_archived_token_may_be_the_new_one(device):
     reference.archive_decode(wanted, *args)
     kernel.archive_decode(actual, *args)
     assert_same_codes(actual, wanted, codec)
-    written = int((codec.layout.scales(actual, codec.layout.k_scales)[:, 0] >= 0).sum())
-    assert written >= 48 + 96 + 48
+    scales = codec.layout.scales(actual, codec.layout.k_scales)[:, 0]
+    assert int((scales.view(torch.int16) != 0x7777).sum()) == 48 + 48 + 48 + 48
 
 
 def test_a_decode_step_in_which_nothing_leaves(device):

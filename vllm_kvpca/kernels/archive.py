@@ -349,35 +349,49 @@ def _encode(
     BANDS: tl.constexpr,
 ):
     """Encode and write the bands of K or V, one after another."""
-    valid = source[3]
-    raw_type: tl.constexpr = source[1].dtype.element_ty
     codes = page + CODES[0] + token * CODES[1]
     scales = (page + SCALES[0] + token * SCALES[1]).to(tl.pointer_type(tl.bfloat16))
     if basis is not None:
         basis += head * HEAD_DIM * HEAD_DIM
     for i in tl.static_range(len(BANDS)):
-        bits: tl.constexpr = BANDS[i][0]
-        width: tl.constexpr = BANDS[i][1]
-        column: tl.constexpr = BANDS[i][2]
-        byte: tl.constexpr = BANDS[i][3]
-        if bits == 16:
-            y, mask = _components(source, basis, column, width, HEAD_DIM, CHUNK, TILE)
-            raw = (codes + byte).to(tl.pointer_type(raw_type))
-            _put(raw, y.to(raw_type), mask, valid)
-        elif bits == 8:
-            y, mask = _components(source, basis, column, width, HEAD_DIM, CHUNK, TILE)
-            scale, divisor = _scale(tl.max(tl.abs(y), 1), 127.0)
-            tl.store(scales + BANDS[i][4], scale, mask=valid)
-            code = _round(y, divisor, 127.0)
-            _put(codes + byte, code.to(tl.uint8), mask, valid)
-        elif bits == 4:
-            half: tl.constexpr = width // 2
-            low, mask = _components(source, basis, column, half, HEAD_DIM, CHUNK, TILE)
-            high, _ = _components(source, basis, column + half, half, HEAD_DIM, CHUNK, TILE)
-            scale, divisor = _scale(tl.max(tl.maximum(tl.abs(low), tl.abs(high)), 1), 7.0)
-            tl.store(scales + BANDS[i][4], scale, mask=valid)
-            code = (_round(low, divisor, 7.0) + 8) | ((_round(high, divisor, 7.0) + 8) << 4)
-            _put(codes + byte, code.to(tl.uint8), mask, valid)
+        _encode_band(source, basis, codes, scales, HEAD_DIM, CHUNK, TILE, BANDS[i])
+
+
+@triton.jit
+def _encode_band(
+    source,
+    basis,
+    codes,
+    scales,
+    HEAD_DIM: tl.constexpr,
+    CHUNK: tl.constexpr,
+    TILE: tl.constexpr,
+    BAND: tl.constexpr,
+):
+    """Encode one band (a row of `band_table`); 0 bits store nothing."""
+    bits: tl.constexpr = BAND[0]
+    width: tl.constexpr = BAND[1]
+    column: tl.constexpr = BAND[2]
+    valid = source[3]
+    codes += BAND[3]
+    scales += BAND[4]
+    if bits == 16:
+        raw_type: tl.constexpr = source[1].dtype.element_ty
+        y, mask = _components(source, basis, column, width, HEAD_DIM, CHUNK, TILE)
+        _put(codes.to(tl.pointer_type(raw_type)), y.to(raw_type), mask, valid)
+    elif bits == 8:
+        y, mask = _components(source, basis, column, width, HEAD_DIM, CHUNK, TILE)
+        scale, divisor = _scale(tl.max(tl.abs(y), 1), 127.0)
+        tl.store(scales, scale, mask=valid)
+        _put(codes, _round(y, divisor, 127.0).to(tl.uint8), mask, valid)
+    elif bits == 4:
+        half: tl.constexpr = width // 2
+        low, mask = _components(source, basis, column, half, HEAD_DIM, CHUNK, TILE)
+        high, _ = _components(source, basis, column + half, half, HEAD_DIM, CHUNK, TILE)
+        scale, divisor = _scale(tl.max(tl.maximum(tl.abs(low), tl.abs(high)), 1), 7.0)
+        tl.store(scales, scale, mask=valid)
+        code = (_round(low, divisor, 7.0) + 8) | ((_round(high, divisor, 7.0) + 8) << 4)
+        _put(codes, code.to(tl.uint8), mask, valid)
 
 
 @triton.jit
@@ -400,16 +414,17 @@ def _components(
     columns = tl.arange(0, PADDED)
     mask = columns < width
     if basis is None:
-        return _load(source, column + columns, mask), mask
-    y = tl.zeros((TILE, PADDED), tl.float32)
-    for first in range(0, HEAD_DIM, CHUNK):
-        rows = first + tl.arange(0, CHUNK)
-        x = _load(source, rows, rows < HEAD_DIM)
-        inside = (rows < HEAD_DIM)[:, None] & mask[None, :]
-        b = tl.load(basis + rows[:, None] * HEAD_DIM + (column + columns)[None, :], inside, 0.0)
-        # Three tf32 products: x (bf16 or fp16) is exact in tf32, B is split into two tf32
-        # parts with 21 bits between them, so sums are as good as in float32.
-        y = tl.dot(x, b, y, input_precision="tf32x3")
+        y = _load(source, column + columns, mask)
+    else:
+        y = tl.zeros((TILE, PADDED), tl.float32)
+        for first in range(0, HEAD_DIM, CHUNK):
+            rows = first + tl.arange(0, CHUNK)
+            x = _load(source, rows, rows < HEAD_DIM)
+            cells = rows[:, None] * HEAD_DIM + (column + columns)[None, :]
+            b = tl.load(basis + cells, (rows < HEAD_DIM)[:, None] & mask[None, :], 0.0)
+            # Three tf32 products: x (bf16 or fp16) is exact in tf32, B is split into two tf32
+            # parts with 21 bits between them, so sums are as good as in float32.
+            y = tl.dot(x, b, y, input_precision="tf32x3")
     return y, mask
 
 
