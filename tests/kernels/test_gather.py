@@ -55,7 +55,9 @@ def check_gather(name, dtype, pairs, heads, head_dim, max_tokens, device):
     kernel.gather(*where, k, v, codec)
     assert_equal(k, wanted_k, dtype)
     assert_equal(v, wanted_v, dtype)
-    assert k[:2].isnan().all() and k[total + 2 :].isnan().all() and not k[2 : total + 2].isnan().any()
+    assert (
+        k[:2].isnan().all() and k[total + 2 :].isnan().all() and not k[2 : total + 2].isnan().any()
+    )
 
 
 @pytest.mark.parametrize("name", list(FORMATS))

@@ -132,6 +132,7 @@ def _constants(recent: torch.Tensor, key: torch.Tensor, codec: LayerCodec) -> di
         "HEAD_DIM": head_dim,
         "CHUNK": 32 if head_dim % 32 == 0 else 16,
         "TILE": TILE_TOKENS,
+        "num_warps": 4 if head_dim <= 128 else 8,
         **layout_constants(codec.layout),
     }
 
@@ -354,7 +355,7 @@ def _encode(
     if basis is not None:
         basis += head * HEAD_DIM * HEAD_DIM
     for i in tl.static_range(len(BANDS)):
-        _encode_band(source, basis, codes, scales, HEAD_DIM, CHUNK, TILE, BANDS[i])
+        _encode_band(source, basis, codes, scales, HEAD_DIM, CHUNK, TILE, BANDS, i)
 
 
 @triton.jit
@@ -366,15 +367,19 @@ def _encode_band(
     HEAD_DIM: tl.constexpr,
     CHUNK: tl.constexpr,
     TILE: tl.constexpr,
-    BAND: tl.constexpr,
+    BANDS: tl.constexpr,
+    INDEX: tl.constexpr,
 ):
-    """Encode one band (a row of `band_table`); 0 bits store nothing."""
-    bits: tl.constexpr = BAND[0]
-    width: tl.constexpr = BAND[1]
-    column: tl.constexpr = BAND[2]
+    """Encode band INDEX (a row of `band_table`); 0 bits store nothing.
+
+    The whole table is passed because Triton 3.6 does not take one row of it as an argument.
+    """
+    bits: tl.constexpr = BANDS[INDEX][0]
+    width: tl.constexpr = BANDS[INDEX][1]
+    column: tl.constexpr = BANDS[INDEX][2]
     valid = source[3]
-    codes += BAND[3]
-    scales += BAND[4]
+    codes += BANDS[INDEX][3]
+    scales += BANDS[INDEX][4]
     if bits == 16:
         raw_type: tl.constexpr = source[1].dtype.element_ty
         y, mask = _components(source, basis, column, width, HEAD_DIM, CHUNK, TILE)

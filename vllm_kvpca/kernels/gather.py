@@ -223,28 +223,28 @@ def _expand(
     codes = page + CODES[0] + token * CODES[1]
     scales = (page + SCALES[0] + token * SCALES[1]).to(tl.pointer_type(tl.bfloat16))
     for i in tl.static_range(len(BANDS)):
-        _expand_band(codes, scales, valid, out, BANDS[i])
+        _expand_band(codes, scales, valid, out, BANDS, i)
 
 
 @triton.jit
-def _expand_band(codes, scales, valid, out, BAND: tl.constexpr):
-    """Expand one band (a row of `band_table`): float32 products, rounded once to out's dtype."""
-    bits: tl.constexpr = BAND[0]
-    width: tl.constexpr = BAND[1]
+def _expand_band(codes, scales, valid, out, BANDS: tl.constexpr, INDEX: tl.constexpr):
+    """Expand band INDEX (a row of `band_table`): float32 products, rounded once to out's dtype."""
+    bits: tl.constexpr = BANDS[INDEX][0]
+    width: tl.constexpr = BANDS[INDEX][1]
     # What one load of codes fills: a nibble band is two runs of half its width.
     run: tl.constexpr = width // 2 if bits == 4 else width
     kind: tl.constexpr = out.dtype.element_ty
     columns = tl.arange(0, triton.next_power_of_2(run))[None, :]
     mask = valid[:, None] & (columns < run)
-    source = codes[:, None] + BAND[3]
-    target = out[:, None] + BAND[2] + columns
+    source = codes[:, None] + BANDS[INDEX][3]
+    target = out[:, None] + BANDS[INDEX][2] + columns
     if bits == 16:
         raw = tl.load(source.to(tl.pointer_type(kind)) + columns, mask=mask)
         tl.store(target, raw, mask=mask)
     elif bits == 0:
         tl.store(target, tl.zeros(target.shape, kind), mask=mask)
     else:
-        scale = tl.load(scales + BAND[4], mask=valid, other=0.0).to(tl.float32)[:, None]
+        scale = tl.load(scales + BANDS[INDEX][4], mask=valid, other=0.0).to(tl.float32)[:, None]
         code = tl.load(source + columns, mask=mask, other=0)
         if bits == 8:
             x = code.to(tl.int8, bitcast=True).to(tl.float32) * scale
