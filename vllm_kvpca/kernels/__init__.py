@@ -1,16 +1,12 @@
-"""What runs on tokens: store, archive, attend. `reference` is the torch implementation."""
+"""What runs on tokens: store, archive, gather, attend.
+
+`reference` is all of it in torch. store, archive, gather (and decode) are Triton kernels with
+the same signatures, one family a file; they are imported by name, where Triton is installed.
+Functions are not re-exported here: `kernels.store` would be a function or, once somebody has
+imported it, the module.
+"""
 
 from vllm_kvpca.kernels.layer_codec import LayerCodec
-from vllm_kvpca.kernels.reference import archive, attend_archive, attend_new, attend_recent, store
 from vllm_kvpca.kernels.softmax import Partial, merge
 
-__all__ = [
-    "LayerCodec",
-    "Partial",
-    "archive",
-    "attend_archive",
-    "attend_new",
-    "attend_recent",
-    "merge",
-    "store",
-]
+__all__ = ["LayerCodec", "Partial", "merge"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from vllm_kvpca.codec.policy import Policy
 from vllm_kvpca.kernels import components
 from vllm_kvpca.kernels.layer_codec import LayerCodec
 from vllm_kvpca.kernels.softmax import (
@@ -76,6 +77,124 @@ def archive(
         layout.slice(pages, codes_at)[block, :, offset] = codes
         if scales_at.width:
             layout.scales(pages, scales_at)[block, :, offset] = scales
+
+
+def archive_work(
+    pages: torch.Tensor,
+    recent: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    recent_slots: torch.Tensor,
+    new_tokens: torch.Tensor,
+    slots: torch.Tensor,
+    codec: LayerCodec,
+) -> None:
+    """Archive tokens from recent pages and from this step's K and V: kernels.archive.archive."""
+    old_key, old_value = load_recent(recent, recent_slots.long())
+    archive(
+        pages,
+        torch.cat([old_key, key[new_tokens.long()]]),
+        torch.cat([old_value, value[new_tokens.long()]]),
+        slots.long(),
+        codec,
+    )
+
+
+def archive_decode(
+    pages: torch.Tensor,
+    recent: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    recent_table: torch.Tensor,
+    archive_table: torch.Tensor,
+    lengths: torch.Tensor,
+    starts: torch.Tensor,
+    policy: Policy,
+    codec: LayerCodec,
+) -> None:
+    """Archive [starts_i, boundary(lengths_i)) of each sequence: kernels.archive.archive_decode."""
+    sequence, position = _ranges(starts, policy.boundaries(lengths))
+    is_new = position == lengths[sequence] - 1
+    slots = _table_slots(archive_table, sequence, position, codec.layout.block_size)
+    sources = _table_slots(recent_table, sequence, position, recent.shape[2])
+    slots = torch.where(is_new | (sources >= 0), slots, -1)
+    archive_work(
+        pages,
+        recent,
+        key,
+        value,
+        sources[~is_new],
+        sequence[is_new],
+        torch.cat([slots[~is_new], slots[is_new]]),
+        codec,
+    )
+
+
+def gather(
+    pages: torch.Tensor,
+    archive_table: torch.Tensor,
+    begins: torch.Tensor,
+    ends: torch.Tensor,
+    offsets: torch.Tensor,
+    max_tokens: int,
+    out_k: torch.Tensor,
+    out_v: torch.Tensor,
+    codec: LayerCodec,
+) -> None:
+    """Expand archived tokens, zeros for 0-bit bands: kernels.gather.gather."""
+    layout = codec.layout
+    sequence, position = _ranges(begins, ends)
+    slots = _table_slots(archive_table, sequence, position, layout.block_size, null=0)
+    block, offset = slots // layout.block_size, slots % layout.block_size
+    rows = offsets[sequence] + position - begins[sequence]
+    for which, out, codes_at, scales_at in (
+        ("k", out_k, layout.k_codes, layout.k_scales),
+        ("v", out_v, layout.v_codes, layout.v_scales),
+    ):
+        codes = layout.slice(pages, codes_at)[block, :, offset]
+        scales = layout.scales(pages, scales_at)[block, :, offset]
+        kept = [torch.full((band.width,), band.bits > 0) for band in codec.bands(which)]
+        x = out.new_zeros(len(rows), *out.shape[1:])
+        x[..., torch.cat(kept).to(x.device)] = codec.decode(codes, scales, which).to(x.dtype)
+        out[rows] = x
+
+
+def gather_recent(
+    recent: torch.Tensor,
+    recent_table: torch.Tensor,
+    begins: torch.Tensor,
+    ends: torch.Tensor,
+    offsets: torch.Tensor,
+    max_tokens: int,
+    out_k: torch.Tensor,
+    out_v: torch.Tensor,
+) -> None:
+    """Copy raw tokens: kernels.gather.gather_recent."""
+    sequence, position = _ranges(begins, ends)
+    slots = _table_slots(recent_table, sequence, position, recent.shape[2], null=0)
+    rows = offsets[sequence] + position - begins[sequence]
+    out_k[rows], out_v[rows] = load_recent(recent, slots)
+
+
+def _ranges(begins: torch.Tensor, ends: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(sequence, position) of every position in [begins_i, ends_i), sequence by sequence."""
+    counts = (ends - begins).clamp_min(0).long()
+    sequence = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
+    first = counts.cumsum(0) - counts
+    within = torch.arange(len(sequence), device=counts.device) - first[sequence]
+    return sequence, begins[sequence] + within
+
+
+def _table_slots(
+    table: torch.Tensor,
+    sequence: torch.Tensor,
+    position: torch.Tensor,
+    block_size: int,
+    null: int = -1,
+) -> torch.Tensor:
+    """Slots of positions by a block table; `null` in place of slots of the null block 0."""
+    ids = table[sequence, position // block_size].long()
+    return torch.where(ids > 0, ids * block_size + position % block_size, null)
 
 
 def attend_archive(

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_kvpca import kernels
+from vllm_kvpca.kernels import merge, reference
 from vllm_kvpca.kernels.layer_codec import LayerCodec
-from vllm_kvpca.kernels.reference import load_recent
 from vllm_kvpca.serving.batch import ArchiveWork, Bucket, Step
 
 
@@ -46,7 +45,7 @@ def run_step(
         pages: (blocks, kv_heads, head_bytes) uint8 archive pages.
         scale, soft_cap: see kernels.softmax.partial_attention.
     """
-    kernels.store(recent, tokens.key, tokens.value, step.store_slots)
+    reference.store(recent, tokens.key, tokens.value, step.store_slots)
     if step.archive is not None:
         _archive(step.archive, tokens, recent, pages, codec)
     for bucket in step.buckets:
@@ -60,8 +59,8 @@ def _archive(
     pages: torch.Tensor,
     codec: LayerCodec,
 ) -> None:
-    old_key, old_value = load_recent(recent, work.recent_slots)
-    kernels.archive(
+    old_key, old_value = reference.load_recent(recent, work.recent_slots)
+    reference.archive(
         pages,
         torch.cat([old_key, tokens.key[work.new_tokens]]),
         torch.cat([old_value, tokens.value[work.new_tokens]]),
@@ -85,16 +84,16 @@ def _attend(
     query = tokens.query[bucket.tokens].float().view(batch, queries, kv_heads, group, head_dim)
     query = query.transpose(1, 2).flatten(2, 3)  # (batch, kv_heads, queries * group, head_dim)
     key, value = (x[bucket.tokens].float().transpose(1, 2) for x in (tokens.key, tokens.value))
-    part = kernels.attend_new(query, key, value, group, scale, soft_cap)
+    part = reference.attend_new(query, key, value, group, scale, soft_cap)
     if bucket.recent_table is not None:
         lengths = bucket.recent_lengths
-        raw = kernels.attend_recent(query, recent, bucket.recent_table, lengths, scale, soft_cap)
-        part = kernels.merge(part, raw)
+        raw = reference.attend_recent(query, recent, bucket.recent_table, lengths, scale, soft_cap)
+        part = merge(part, raw)
     if bucket.archive_table is not None:
         lengths = bucket.archive_lengths
-        archived = kernels.attend_archive(
+        archived = reference.attend_archive(
             query, pages, bucket.archive_table, lengths, codec, scale, soft_cap
         )
-        part = kernels.merge(part, archived)
+        part = merge(part, archived)
     out = part.out.view(batch, kv_heads, queries, group, head_dim).transpose(1, 2).flatten(2, 3)
     tokens.output[bucket.tokens[bucket.valid]] = out[bucket.valid].to(tokens.output.dtype)

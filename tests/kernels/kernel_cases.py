@@ -1,0 +1,112 @@
+"""Formats, codecs and filled caches that the kernel tests share; torch only."""
+
+from __future__ import annotations
+
+import torch
+
+from vllm_kvpca.codec.bands import Band
+from vllm_kvpca.kernels.layer_codec import LayerCodec
+from vllm_kvpca.pages.layout import ArchiveLayout
+
+Shares = list[tuple[float, int]]
+
+# (K's bands, K rotated, V's bands, V rotated); widths as shares of head_dim.
+FORMATS: dict[str, tuple[Shares, bool, Shares, bool]] = {
+    "raw": ([(1, 16)], False, [(1, 16)], False),
+    "k8v8": ([(1, 8)], False, [(1, 8)], False),
+    "k8v4": ([(1, 8)], False, [(1, 4)], True),
+    "v-mixed": ([(1, 16)], False, [(3 / 8, 8), (5 / 8, 4)], True),
+    "v-rank-int8": ([(1, 16)], False, [(3 / 4, 8), (1 / 4, 0)], True),
+    "kv-mixed": ([(1 / 4, 8), (3 / 4, 4)], True, [(3 / 8, 8), (5 / 8, 4)], True),
+    "plain-mixed": ([(3 / 8, 8), (5 / 8, 4)], False, [(3 / 8, 4), (1 / 2, 16), (1 / 8, 0)], False),
+}
+
+
+def bands(shares: Shares, head_dim: int) -> tuple[Band, ...]:
+    """Widths are rounded to multiples of 8; the last band takes the rest."""
+    widths = [round(share * head_dim / 8) * 8 for share, _ in shares[:-1]]
+    widths.append(head_dim - sum(widths))
+    return tuple(Band(width, bits) for width, (_, bits) in zip(widths, shares, strict=True))
+
+
+def make_codec(
+    name: str, head_dim: int, heads: int, dtype: torch.dtype, device="cpu", block: int = 48
+) -> LayerCodec:
+    """A codec with random orthonormal bases."""
+    k_shares, rotate_k, v_shares, rotate_v = FORMATS[name]
+    layout = ArchiveLayout(head_dim, block, bands(k_shares, head_dim), bands(v_shares, head_dim))
+
+    def basis(wanted: bool) -> torch.Tensor | None:
+        if not wanted:
+            return None
+        return torch.linalg.qr(torch.randn(heads, head_dim, head_dim))[0].contiguous().to(device)
+
+    return LayerCodec(layout, basis(rotate_k), basis(rotate_v), dtype)
+
+
+def random_tokens(
+    tokens: int, heads: int, head_dim: int, dtype: torch.dtype, device="cpu"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V as strided views of one fused qkv tensor, sizes apart, one zero vector."""
+    x = torch.randn(tokens, 3 * heads, head_dim)
+    x *= 10.0 ** torch.randint(-2, 3, (tokens, 3 * heads, 1))
+    x[tokens // 2, -1] = 0
+    qkv = x.to(dtype).flatten(1).to(device)
+    key, value = qkv.unflatten(1, (3 * heads, head_dim)).split([heads, 2 * heads], 1)[1].chunk(2, 1)
+    return key, value
+
+
+def strided_cache(blocks: int, heads: int, *rest: int, dtype: torch.dtype, device="cpu", fill=0):
+    """(blocks, heads, *rest) with room between the blocks and the heads."""
+    return torch.full((blocks, heads + 1, *rest), fill, dtype=dtype, device=device)[:, :heads]
+
+
+def make_table(rows: list[int], device="cpu") -> torch.Tensor:
+    """A block table with rows[i] random ids for sequence i, no id twice, 0 elsewhere."""
+    ids = torch.randperm(sum(rows)) + 1
+    table = torch.zeros(len(rows), max(1, *rows), dtype=torch.int32)
+    for row, part in zip(table, ids.split(rows), strict=True):
+        row[: len(part)] = part
+    return table.to(device)
+
+
+def assert_same_codes(
+    actual: torch.Tensor, wanted: torch.Tensor, codec: LayerCodec, blocks=slice(None)
+) -> None:
+    """Pages are equal: bit for bit without a rotation, within one code step with one.
+
+    With a rotation the order of a float32 sum differs, so a scale may round to the next
+    bfloat16 (2^-8 apart: at most half a step at a code of 127, hence one code more or less
+    together with the sum's own rounding) and a component next to a tie to the other code.
+    """
+    layout = codec.layout
+    for codes_at, scales_at, parts, basis in (
+        (layout.k_codes, layout.k_scales, layout.k_bands, codec.k_basis),
+        (layout.v_codes, layout.v_scales, layout.v_bands, codec.v_basis),
+    ):
+        got, want = (layout.slice(x, codes_at)[blocks] for x in (actual, wanted))
+        got_scales, want_scales = (layout.scales(x, scales_at)[blocks] for x in (actual, wanted))
+        if basis is None:
+            assert torch.equal(got, want)
+            assert torch.equal(got_scales.view(torch.uint8), want_scales.view(torch.uint8))
+            continue
+        torch.testing.assert_close(got_scales, want_scales, rtol=2**-7, atol=0, equal_nan=True)
+        byte = 0
+        for band in parts:
+            a, b = (x[..., byte : byte + band.code_bytes] for x in (got, want))
+            byte += band.code_bytes
+            assert_band_within_one(a, b, band.bits)
+
+
+def assert_band_within_one(a: torch.Tensor, b: torch.Tensor, bits: int) -> None:
+    if bits == 4:
+        pairs = [(a & 15, b & 15), (a >> 4, b >> 4)]
+    elif bits == 8:
+        pairs = [(a.view(torch.int8), b.view(torch.int8))]
+    else:
+        return
+    for x, y in pairs:
+        difference = (x.int() - y.int()).abs()
+        assert int(difference.max()) <= 1
+        # Ties are rare: a systematic error of one step must not pass as rounding.
+        assert float(difference.float().mean()) < 0.01 + 2 / difference.numel()

@@ -1,0 +1,476 @@
+"""Archive: encode tokens that leave the window, and write them into archive pages.
+
+Two entry points over one tile body: `archive` takes lists of tokens that the host planned,
+`archive_decode` finds its tokens on the device, from a grid that does not depend on them.
+"""
+# Triton reads annotations of kernel parameters, so only tl.constexpr is annotated.
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_kvpca.codec.policy import Policy
+from vllm_kvpca.kernels.band_table import check_last_dim, layout_constants
+from vllm_kvpca.kernels.layer_codec import LayerCodec
+
+TILE_TOKENS = 32
+DECODE_TILES = 4
+"""Programs for each sequence, head and tensor in a decode step; they loop if work remains."""
+
+
+def archive(
+    pages: torch.Tensor,
+    recent: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    recent_slots: torch.Tensor,
+    new_tokens: torch.Tensor,
+    slots: torch.Tensor,
+    codec: LayerCodec,
+) -> None:
+    """Archive listed tokens; the reference is `reference.archive_work`.
+
+    Args:
+        pages: (blocks, kv_heads, head_bytes) uint8.
+        recent: (blocks, kv_heads, raw_block, 2 * head_dim) in the model's dtype.
+        key, value: (tokens, kv_heads, head_dim), this step's new tokens.
+        recent_slots: (a,) source slots in recent pages.
+        new_tokens: (b,) source indices among the new tokens.
+        slots: (a + b,) destinations, first those of recent_slots; -1 writes nothing.
+            Index tensors are int32 or int64.
+    """
+    check_last_dim(pages=pages, recent=recent, key=key, value=value)
+    if not len(slots):
+        return
+    grid = (triton.cdiv(len(slots), TILE_TOKENS), 2 * key.shape[1])
+    _archive_kernel[grid](
+        *_tensors(pages, recent, key, value, codec),
+        recent_slots,
+        new_tokens,
+        slots,
+        len(recent_slots),
+        len(slots),
+        **_constants(recent, key, codec),
+    )
+
+
+def archive_decode(
+    pages: torch.Tensor,
+    recent: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    recent_table: torch.Tensor,
+    archive_table: torch.Tensor,
+    lengths: torch.Tensor,
+    starts: torch.Tensor,
+    policy: Policy,
+    codec: LayerCodec,
+) -> None:
+    """Archive what leaves the window when every sequence grows by one token.
+
+    Sequence i archives [starts[i], policy.boundary(lengths[i])). All of it is read on the
+    device and the grid is fixed by the batch, so the launch can be part of a CUDA graph.
+    The reference is `reference.archive_decode`.
+
+    Args:
+        pages, recent: as in `archive`.
+        key, value: (batch or more, kv_heads, head_dim): row i is sequence i's new token, at
+            position lengths[i] - 1.
+        recent_table, archive_table: (batch, width) int32 block ids by position in the
+            sequence; tokens of the null block 0 are passed over.
+        lengths: (batch,) int32 tokens including the new one; 0 is a padding row.
+        starts: (batch,) int32 tokens that are archived already.
+    """
+    check_last_dim(pages=pages, recent=recent, key=key, value=value)
+    check_last_dim(recent_table=recent_table, archive_table=archive_table)
+    if not len(lengths):
+        return
+    grid = (DECODE_TILES, 2 * key.shape[1], len(lengths))
+    _archive_decode_kernel[grid](
+        *_tensors(pages, recent, key, value, codec),
+        recent_table,
+        archive_table,
+        lengths,
+        starts,
+        recent_table.stride(0),
+        archive_table.stride(0),
+        COMPRESS_AFTER=policy.compress_after,
+        KEEP_RECENT=policy.keep_recent,
+        ALIGN=policy.align,
+        TILES=DECODE_TILES,
+        **_constants(recent, key, codec),
+    )
+
+
+def _tensors(
+    pages: torch.Tensor,
+    recent: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    codec: LayerCodec,
+) -> tuple[object, ...]:
+    """Leading arguments of both kernels."""
+    for basis in (codec.k_basis, codec.v_basis):
+        if basis is not None and not (basis.is_contiguous() and basis.dtype == torch.float32):
+            raise ValueError("a basis must be contiguous float32.")
+    strides = (
+        *pages.stride()[:2],
+        *recent.stride()[:3],
+        *key.stride()[:2],
+        *value.stride()[:2],
+    )
+    return (pages, recent, key, value, codec.k_basis, codec.v_basis, strides)
+
+
+def _constants(recent: torch.Tensor, key: torch.Tensor, codec: LayerCodec) -> dict[str, object]:
+    head_dim = key.shape[2]
+    return {
+        "RAW_BLOCK": recent.shape[2],
+        "HEAD_DIM": head_dim,
+        "CHUNK": 32 if head_dim % 32 == 0 else 16,
+        "TILE": TILE_TOKENS,
+        "num_warps": 4 if head_dim <= 128 else 8,
+        **layout_constants(codec.layout),
+    }
+
+
+# The numbers of tokens change with every step: specializing on them would compile anew.
+@triton.jit(do_not_specialize=["num_recent", "num_tokens"])
+def _archive_kernel(
+    pages,
+    recent,
+    key,
+    value,
+    k_basis,
+    v_basis,
+    strides,
+    recent_slots,
+    new_tokens,
+    slots,
+    num_recent,
+    num_tokens,
+    RAW_BLOCK: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    CHUNK: tl.constexpr,
+    TILE: tl.constexpr,
+    K_CODES: tl.constexpr,
+    K_SCALES: tl.constexpr,
+    K_BANDS: tl.constexpr,
+    V_CODES: tl.constexpr,
+    V_SCALES: tl.constexpr,
+    V_BANDS: tl.constexpr,
+    ARCHIVE_BLOCK: tl.constexpr,
+):
+    """One tile of listed tokens, for one head of K or V. Byte map: `_archive_tile`."""
+    index = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    is_old = index < num_recent
+    is_new = (index >= num_recent) & (index < num_tokens)
+    slot = tl.load(slots + index, mask=index < num_tokens, other=-1).to(tl.int64)
+    source = tl.load(recent_slots + index, mask=is_old & (slot >= 0), other=0).to(tl.int64)
+    token = tl.load(new_tokens + index - num_recent, mask=is_new & (slot >= 0), other=0)
+    _archive_tile(
+        pages,
+        recent,
+        key,
+        value,
+        k_basis,
+        v_basis,
+        strides,
+        source // RAW_BLOCK,
+        source % RAW_BLOCK,
+        token.to(tl.int64),
+        is_new,
+        slot // ARCHIVE_BLOCK,
+        slot % ARCHIVE_BLOCK,
+        slot >= 0,
+        HEAD_DIM,
+        CHUNK,
+        TILE,
+        K_CODES,
+        K_SCALES,
+        K_BANDS,
+        V_CODES,
+        V_SCALES,
+        V_BANDS,
+    )
+
+
+@triton.jit
+def _archive_decode_kernel(
+    pages,
+    recent,
+    key,
+    value,
+    k_basis,
+    v_basis,
+    strides,
+    recent_table,
+    archive_table,
+    lengths,
+    starts,
+    recent_table_stride,
+    archive_table_stride,
+    COMPRESS_AFTER: tl.constexpr,
+    KEEP_RECENT: tl.constexpr,
+    ALIGN: tl.constexpr,
+    TILES: tl.constexpr,
+    RAW_BLOCK: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    CHUNK: tl.constexpr,
+    TILE: tl.constexpr,
+    K_CODES: tl.constexpr,
+    K_SCALES: tl.constexpr,
+    K_BANDS: tl.constexpr,
+    V_CODES: tl.constexpr,
+    V_SCALES: tl.constexpr,
+    V_BANDS: tl.constexpr,
+    ARCHIVE_BLOCK: tl.constexpr,
+):
+    """Every TILES-th tile of one sequence's [start, boundary), for one head of K or V.
+
+    Most steps archive nothing: then the loop has no iteration. Byte map: `_archive_tile`.
+    """
+    sequence = tl.program_id(2).to(tl.int64)
+    length = tl.load(lengths + sequence)
+    start = tl.load(starts + sequence)
+    # policy.boundary: length > COMPRESS_AFTER >= KEEP_RECENT, so nothing here is negative.
+    end = tl.where(length > COMPRESS_AFTER, (length - KEEP_RECENT) // ALIGN * ALIGN, 0)
+    recent_row = recent_table + sequence * recent_table_stride
+    archive_row = archive_table + sequence * archive_table_stride
+    for first in range(start + tl.program_id(0) * TILE, end, TILES * TILE):
+        position = first + tl.arange(0, TILE)
+        inside = position < end
+        is_new = position == length - 1
+        is_old = inside & (position < length - 1)
+        target = tl.load(archive_row + position // ARCHIVE_BLOCK, mask=inside, other=0)
+        source = tl.load(recent_row + position // RAW_BLOCK, mask=is_old, other=0)
+        # Block 0 is the null block: nothing is read from it and nothing written to it.
+        valid = (target > 0) & (is_new | (source > 0))
+        _archive_tile(
+            pages,
+            recent,
+            key,
+            value,
+            k_basis,
+            v_basis,
+            strides,
+            source.to(tl.int64),
+            position % RAW_BLOCK,
+            tl.full((TILE,), 0, tl.int64) + sequence,
+            is_new,
+            target.to(tl.int64),
+            position % ARCHIVE_BLOCK,
+            valid,
+            HEAD_DIM,
+            CHUNK,
+            TILE,
+            K_CODES,
+            K_SCALES,
+            K_BANDS,
+            V_CODES,
+            V_SCALES,
+            V_BANDS,
+        )
+
+
+@triton.jit
+def _archive_tile(
+    pages,
+    recent,
+    key,
+    value,
+    k_basis,
+    v_basis,
+    strides,
+    recent_block,
+    recent_token,
+    new_token,
+    is_new,
+    block,
+    token,
+    valid,
+    HEAD_DIM: tl.constexpr,
+    CHUNK: tl.constexpr,
+    TILE: tl.constexpr,
+    K_CODES: tl.constexpr,
+    K_SCALES: tl.constexpr,
+    K_BANDS: tl.constexpr,
+    V_CODES: tl.constexpr,
+    V_SCALES: tl.constexpr,
+    V_BANDS: tl.constexpr,
+):
+    """Encode TILE tokens of one head: program_id(1) is 2 * head, plus 1 for V.
+
+    A token's source is `recent` at (recent_block, recent_token), or row new_token of key and
+    value where is_new; its target is token `token` of page `block`; nothing where not valid.
+
+    Byte map of one head of a page (N tokens; offsets and widths are pages.layout's):
+
+        | K codes [N, width] | V codes [N, width] | K scales [N, scales] | V scales | padding |
+
+    and of one token's codes, band after band: 16 bits as they are, 8 bits one byte each, 4
+    bits: byte j holds component j (low nibble) and j + width/2 (high nibble), as code + 8.
+    """
+    # Addresses are int64: tables and slots reach this point as such.
+    head = (tl.program_id(1) // 2).to(tl.int64)
+    page_block, page_head, block_stride, head_stride, token_stride = strides[:5]
+    key_token, key_head, value_token, value_head = strides[5:]
+    page = pages + head * page_head + block * page_block
+    old = recent + head * head_stride + recent_block * block_stride
+    old += recent_token.to(tl.int64) * token_stride
+    if tl.program_id(1) % 2 == 0:
+        new = key + head * key_head + new_token * key_token
+        source = (old, new, is_new, valid)
+        _encode(
+            source, k_basis, head, page, token, HEAD_DIM, CHUNK, TILE, K_CODES, K_SCALES, K_BANDS
+        )
+    else:
+        new = value + head * value_head + new_token * value_token
+        source = (old + HEAD_DIM, new, is_new, valid)
+        _encode(
+            source, v_basis, head, page, token, HEAD_DIM, CHUNK, TILE, V_CODES, V_SCALES, V_BANDS
+        )
+
+
+@triton.jit
+def _encode(
+    source,
+    basis,
+    head,
+    page,
+    token,
+    HEAD_DIM: tl.constexpr,
+    CHUNK: tl.constexpr,
+    TILE: tl.constexpr,
+    CODES: tl.constexpr,
+    SCALES: tl.constexpr,
+    BANDS: tl.constexpr,
+):
+    """Encode and write the bands of K or V, one after another."""
+    codes = page + CODES[0] + token * CODES[1]
+    scales = (page + SCALES[0] + token * SCALES[1]).to(tl.pointer_type(tl.bfloat16))
+    if basis is not None:
+        basis += head * HEAD_DIM * HEAD_DIM
+    for i in tl.static_range(len(BANDS)):
+        _encode_band(source, basis, codes, scales, HEAD_DIM, CHUNK, TILE, BANDS, i)
+
+
+@triton.jit
+def _encode_band(
+    source,
+    basis,
+    codes,
+    scales,
+    HEAD_DIM: tl.constexpr,
+    CHUNK: tl.constexpr,
+    TILE: tl.constexpr,
+    BANDS: tl.constexpr,
+    INDEX: tl.constexpr,
+):
+    """Encode band INDEX (a row of `band_table`); 0 bits store nothing.
+
+    The whole table is passed because Triton 3.6 does not take one row of it as an argument.
+    """
+    bits: tl.constexpr = BANDS[INDEX][0]
+    width: tl.constexpr = BANDS[INDEX][1]
+    column: tl.constexpr = BANDS[INDEX][2]
+    valid = source[3]
+    codes += BANDS[INDEX][3]
+    scales += BANDS[INDEX][4]
+    if bits == 16:
+        raw_type: tl.constexpr = source[1].dtype.element_ty
+        y, mask = _components(source, basis, column, width, HEAD_DIM, CHUNK, TILE)
+        _put(codes.to(tl.pointer_type(raw_type)), y.to(raw_type), mask, valid)
+    elif bits == 8:
+        y, mask = _components(source, basis, column, width, HEAD_DIM, CHUNK, TILE)
+        scale, divisor = _scale(tl.max(tl.abs(y), 1), 127.0)
+        tl.store(scales, scale, mask=valid)
+        _put(codes, _round(y, divisor, 127.0).to(tl.uint8), mask, valid)
+    elif bits == 4:
+        half: tl.constexpr = width // 2
+        low, mask = _components(source, basis, column, half, HEAD_DIM, CHUNK, TILE)
+        high, _ = _components(source, basis, column + half, half, HEAD_DIM, CHUNK, TILE)
+        scale, divisor = _scale(tl.max(tl.maximum(tl.abs(low), tl.abs(high)), 1), 7.0)
+        tl.store(scales, scale, mask=valid)
+        code = (_round(low, divisor, 7.0) + 8) | ((_round(high, divisor, 7.0) + 8) << 4)
+        _put(codes, code.to(tl.uint8), mask, valid)
+
+
+@triton.jit
+def _components(
+    source,
+    basis,
+    column: tl.constexpr,
+    width: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    CHUNK: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Components [column, column + width) of a tile, zero past the width.
+
+    Returns:
+        y (TILE, padded) float32, and which of the padded columns exist. Columns are padded
+        to a power of two and to 16, the least that tl.dot takes.
+    """
+    PADDED: tl.constexpr = max(16, triton.next_power_of_2(width))
+    columns = tl.arange(0, PADDED)
+    mask = columns < width
+    if basis is None:
+        y = _load(source, column + columns, mask)
+    else:
+        y = tl.zeros((TILE, PADDED), tl.float32)
+        for first in range(0, HEAD_DIM, CHUNK):
+            rows = first + tl.arange(0, CHUNK)
+            x = _load(source, rows, rows < HEAD_DIM)
+            cells = rows[:, None] * HEAD_DIM + (column + columns)[None, :]
+            b = tl.load(basis + cells, (rows < HEAD_DIM)[:, None] & mask[None, :], 0.0)
+            # Three tf32 products: x (bf16 or fp16) is exact in tf32, B is split into two tf32
+            # parts with 21 bits between them, so sums are as good as in float32.
+            y = tl.dot(x, b, y, input_precision="tf32x3")
+    return y, mask
+
+
+@triton.jit
+def _load(source, columns, mask):
+    """Raw columns of a tile in float32, each token from where it is; others are not read."""
+    old, new, is_new, valid = source
+    from_old = (valid & ~is_new)[:, None] & mask[None, :]
+    from_new = (valid & is_new)[:, None] & mask[None, :]
+    x = tl.load(old[:, None] + columns[None, :], mask=from_old, other=0.0).to(tl.float32)
+    y = tl.load(new[:, None] + columns[None, :], mask=from_new, other=0.0).to(tl.float32)
+    return tl.where(is_new[:, None], y, x)
+
+
+@triton.jit
+def _scale(largest, qmax):
+    """absmax / qmax rounded to bfloat16, and what to divide by: 1 for a zero vector.
+
+    The rounding (ties to even) is spelled out because Triton's interpreter truncates.
+    """
+    bits = tl.div_rn(largest, qmax).to(tl.uint32, bitcast=True)
+    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    scale = bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    rounded = scale.to(tl.float32)
+    return scale, tl.where(rounded > 0, rounded, 1.0)
+
+
+@triton.jit
+def _round(y, divisor, qmax):
+    """Codes in [-qmax, qmax] as int32, rounded half to even as torch.round does.
+
+    Adding 1.5 * 2^23 leaves float32 no bits for a fraction, so the addition itself rounds,
+    and ties to even. |y / divisor| stays below 256, far inside the trick's range of 2^22.
+    """
+    magic = 12582912.0
+    rounded = (tl.div_rn(y, divisor[:, None]) + magic) - magic
+    return tl.clamp(rounded, -qmax, qmax).to(tl.int32)
+
+
+@triton.jit
+def _put(rows, x, mask, valid):
+    """Store x (TILE, padded) at `rows` plus a contiguous run of columns."""
+    columns = tl.arange(0, x.shape[1])
+    tl.store(rows[:, None] + columns[None, :], x, mask=valid[:, None] & mask[None, :])

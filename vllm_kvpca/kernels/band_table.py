@@ -1,0 +1,51 @@
+"""Bands as the plain integers that Triton kernels unroll over."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from vllm_kvpca.codec.bands import QMAX, Band
+from vllm_kvpca.pages.layout import ArchiveLayout, Region
+
+BandRow = tuple[int, int, int, int, int]
+"""(bits, width, first component, first code byte of the token, index of the scale)."""
+
+
+def band_table(bands: Sequence[Band]) -> tuple[BandRow, ...]:
+    """One row for each band; the scale's index of a band without a scale is not used."""
+    rows = []
+    column = byte = scale = 0
+    for band in bands:
+        rows.append((band.bits, band.width, column, byte, scale))
+        column += band.width
+        byte += band.code_bytes
+        scale += band.bits in QMAX
+    return tuple(rows)
+
+
+def layout_constants(layout: ArchiveLayout) -> dict[str, object]:
+    """Keyword arguments (all tl.constexpr) of a kernel that touches archive pages."""
+    return {
+        "K_CODES": _region(layout.k_codes),
+        "K_SCALES": _region(layout.k_scales),
+        "K_BANDS": band_table(layout.k_bands),
+        "V_CODES": _region(layout.v_codes),
+        "V_SCALES": _region(layout.v_scales),
+        "V_BANDS": band_table(layout.v_bands),
+        "ARCHIVE_BLOCK": layout.block_size,
+    }
+
+
+def _region(region: Region) -> tuple[int, int]:
+    return region.offset, region.width
+
+
+def check_last_dim(**tensors: object) -> None:
+    """Kernels take any outer strides, but read and write rows of contiguous elements.
+
+    Raises:
+        ValueError: a tensor whose last dimension is not contiguous.
+    """
+    for name, tensor in tensors.items():
+        if tensor.stride(-1) != 1:  # type: ignore[attr-defined]
+            raise ValueError(f"the last dimension of {name} must be contiguous.")
