@@ -208,11 +208,11 @@ def times(heads: int = 4, head_dim: int = 128) -> list[str]:
             none = index[:0]
             if name == "k8v8":
                 slots = index + RAW_BLOCK
-                run = lambda: store_raw(c.recent, c.key, c.value, slots)  # noqa: E731, B023
+                run = lambda: store_raw(c.recent, c.key, c.value, slots)
                 rows.append(report(f"store, {tokens} tokens", run, 2 * raw * tokens))
             slots_c = index + BLOCK
             for source, old, new in (("recent", index, none), ("new", none, index)):
-                run = lambda: archive_listed(  # noqa: E731
+                run = lambda: archive_listed(
                     c.pages,
                     c.recent,
                     c.key,
@@ -220,7 +220,7 @@ def times(heads: int = 4, head_dim: int = 128) -> list[str]:
                     old,
                     new,
                     slots_c,
-                    codec,  # noqa: B023
+                    codec,
                 )
                 label = f"archive {name}, {tokens} {source} tokens"
                 rows.append(report(label, run, (raw + packed) * tokens))
@@ -245,7 +245,7 @@ def decode_times(name: str, codec: LayerCodec, heads: int, head_dim: int) -> lis
     for busy in (0, 1, batch):
         starts = torch.full_like(lengths, policy.boundary(length))
         starts[:busy] -= align
-        run = lambda: archive_decode(  # noqa: E731
+        run = lambda: archive_decode(
             c.pages,
             c.recent,
             c.key,
@@ -254,7 +254,7 @@ def decode_times(name: str, codec: LayerCodec, heads: int, head_dim: int) -> lis
             lengths,
             starts,
             policy,
-            codec,  # noqa: B023
+            codec,
         )
         label = f"archive_decode {name}, {busy} of {batch} sequences"
         rows.append(report(label, run, busy * align * token))
@@ -279,10 +279,10 @@ def gather_times(
         2, batch * count, heads, head_dim, dtype=torch.bfloat16, device=DEVICE
     )
     where = (begins, ends, offsets, count, out_k, out_v)
-    run = lambda: gather_archived(c.pages, tables[0], *where, codec)  # noqa: E731
+    run = lambda: gather_archived(c.pages, tables[0], *where, codec)
     rows = [report(f"gather {name}, 8 x 4000 tokens", run, (raw + packed) * batch * count)]
     if name == "k8v8":
-        run = lambda: gather_recent(c.recent, tables[1], *where)  # noqa: E731
+        run = lambda: gather_recent(c.recent, tables[1], *where)
         rows.append(report("gather_recent, 8 x 4000 tokens", run, 2 * raw * batch * count))
     return rows
 
