@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.config import get_current_vllm_config
 from vllm.forward_context import get_forward_context
+from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from vllm_kvpca.errors import UnsupportedError
+from vllm_kvpca.serving.device_batch import DeviceStep
 from vllm_kvpca.serving.layers import ARCHIVE_SUFFIX, ArchiveLayer, attach_archive
 from vllm_kvpca.serving.step import StepTokens, run_step
+
+if TYPE_CHECKING:
+    from vllm_kvpca.serving.device_step import DeviceWorkspace
 
 
 class KvpcaAttentionImpl(AttentionImpl):
@@ -49,11 +54,22 @@ class KvpcaAttentionImpl(AttentionImpl):
         self.soft_cap = logits_soft_cap or None
         self.vllm_config = get_current_vllm_config()
         self.archive: ArchiveLayer | None = None
+        self.workspace: DeviceWorkspace | None = None
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         # Weights may be loaded again; the second cache owner is attached once.
         if self.archive is None:
             self.archive = attach_archive(self, self.vllm_config)
+            if current_platform.is_cuda():
+                self._prepare_device()
+
+    def _prepare_device(self) -> None:
+        from vllm_kvpca.serving.flash import flash_version
+        from vllm_kvpca.serving.workspace import workspace_for
+
+        assert self.archive is not None
+        flash_version(self.head_size, self.soft_cap is not None)
+        self.workspace = workspace_for(self, self.archive.codec.dtype, torch.device("cuda"))
 
     def forward(
         self,
@@ -80,5 +96,26 @@ class KvpcaAttentionImpl(AttentionImpl):
         step = attn_metadata.step(metadata[layer.layer_name + ARCHIVE_SUFFIX])
         tokens = StepTokens(query, key, value, output)
         pages = self.archive.pages()
-        run_step(step, tokens, kv_cache, pages, self.archive.codec, self.scale, self.soft_cap)
+        codec = self.archive.codec
+        if isinstance(step, DeviceStep):
+            self._run_on_device(step, tokens, kv_cache, pages)
+        else:
+            run_step(step, tokens, kv_cache, pages, codec, self.scale, self.soft_cap)
         return output
+
+    def _run_on_device(
+        self, step: DeviceStep, tokens: StepTokens, recent: torch.Tensor, pages: torch.Tensor
+    ) -> None:
+        from vllm_kvpca.serving.device_step import LayerCache, run_device_step
+        from vllm_kvpca.serving.flash import causal_varlen
+
+        assert self.archive is not None and self.workspace is not None
+        run_device_step(
+            step,
+            tokens,
+            LayerCache(recent, pages, self.archive.codec),
+            self.workspace,
+            causal_varlen,
+            self.scale,
+            self.soft_cap,
+        )

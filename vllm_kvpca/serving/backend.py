@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.platforms import current_platform
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
@@ -15,15 +17,18 @@ from vllm.v1.attention.backend import (
     AttentionMetadataBuilder,
     MultipleOf,
 )
+from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from vllm_kvpca.pages.plan import BLOCK_STEP
 from vllm_kvpca.serving.attention import KvpcaAttentionImpl
 from vllm_kvpca.serving.batch import Step, StepInput, plan_step
+from vllm_kvpca.serving.device_batch import DeviceStep, group_prefills, on_device
 from vllm_kvpca.serving.groups import ArchiveSpec, RecentSpec
 from vllm_kvpca.serving.layers import ArchiveLayer
 from vllm_kvpca.serving.log import logger
 from vllm_kvpca.serving.options import CompressionOptions
+from vllm_kvpca.serving.workspace import context_tokens
 
 
 class KvpcaBackend(AttentionBackend):
@@ -67,37 +72,48 @@ class ArchiveBackend(KvpcaBackend):
 
 @dataclass
 class KvpcaMetadata(AttentionMetadata):
-    """One group's view of a step; tensors as vLLM passes them."""
+    """One group's view of a step; tensors as vLLM passes them.
+
+    On a GPU the recent group also carries the step's plan, all but the archive's table.
+    """
 
     query_start: torch.Tensor
     lengths: torch.Tensor
     block_table: torch.Tensor
     spec: RecentSpec | ArchiveSpec
-    _step: Step | None = None
+    plan: DeviceStep | None = None
+    _step: Step | DeviceStep | None = None
 
-    def step(self, archive: KvpcaMetadata) -> Step:
-        """The step's work for both groups; planned by the first layer that asks."""
+    def step(self, archive: KvpcaMetadata) -> Step | DeviceStep:
+        """The step's work for both groups; put together by the first layer that asks."""
         if self._step is None:
-            device = self.block_table.device
-            step = plan_step(
-                StepInput(
-                    query_start=self.query_start.cpu(),
-                    lengths=self.lengths.cpu(),
-                    recent_table=self.block_table.cpu(),
-                    archive_table=archive.block_table.cpu(),
-                    recent_block=self.spec.block_size,
-                    archive_block=archive.spec.block_size,
-                    policy=self.spec.policy,
-                )
-            )
-            self._step = step.to(device)
+            if self.plan is not None:
+                self._step = replace(self.plan, archive_table=archive.block_table)
+            else:
+                self._step = self._host_step(archive)
         return self._step
+
+    def _host_step(self, archive: KvpcaMetadata) -> Step:
+        step = StepInput(
+            query_start=self.query_start.cpu(),
+            lengths=self.lengths.cpu(),
+            recent_table=self.block_table.cpu(),
+            archive_table=archive.block_table.cpu(),
+            recent_block=self.spec.block_size,
+            archive_block=archive.spec.block_size,
+            policy=self.spec.policy,
+        )
+        return plan_step(step).to(self.block_table.device)
 
 
 class KvpcaMetadataBuilder(AttentionMetadataBuilder[KvpcaMetadata]):
     """Builds the metadata of either group."""
 
-    _cudagraph_support = AttentionCGSupport.NEVER
+    _cudagraph_support = (
+        AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+        if current_platform.is_cuda()
+        else AttentionCGSupport.NEVER
+    )
 
     def __init__(
         self,
@@ -108,6 +124,8 @@ class KvpcaMetadataBuilder(AttentionMetadataBuilder[KvpcaMetadata]):
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.spec = kv_cache_spec
+        if device.type == "cuda":  # decodes first, so that one kernel serves them all
+            self._init_reorder_batch_threshold(1, supports_spec_as_decode=False)
         if isinstance(kv_cache_spec, ArchiveSpec) and vllm_config.parallel_config.rank == 0:
             _log_coverage(vllm_config, kv_cache_spec)
 
@@ -115,8 +133,47 @@ class KvpcaMetadataBuilder(AttentionMetadataBuilder[KvpcaMetadata]):
         self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
     ) -> KvpcaMetadata:
         common = common_attn_metadata
+        plan = None
+        if isinstance(self.spec, RecentSpec) and self.device.type == "cuda":
+            plan = self._plan(common)
         return KvpcaMetadata(
-            common.query_start_loc, common.seq_lens, common.block_table_tensor, self.spec
+            common.query_start_loc, common.seq_lens, common.block_table_tensor, self.spec, plan
+        )
+
+    @cached_property
+    def _starts(self) -> torch.Tensor:
+        """One buffer for all steps: CUDA graphs read it at a fixed address."""
+        sequences = self.vllm_config.scheduler_config.max_num_seqs
+        return torch.zeros(sequences, dtype=torch.int32, device=self.device)
+
+    def _plan(self, common: Any) -> DeviceStep:
+        from vllm_kvpca.kernels.starts import starts
+
+        rows = common.num_reqs
+        query_start, lengths = common.query_start_loc[: rows + 1], common.seq_lens[:rows]
+        table = common.block_table_tensor[:rows]
+        out = self._starts[:rows]
+        starts(query_start, lengths, table, self.spec.block_size, self.spec.policy, out)
+        decodes, prefills, _, _ = split_decodes_and_prefills(common)
+        groups = ()
+        if prefills:
+            # Exact for prefilling sequences, and no wait for the device.
+            groups = group_prefills(
+                common.query_start_loc_cpu.tolist(),
+                common.seq_lens_cpu_upper_bound[:rows].tolist(),
+                decodes,
+                context_tokens(self.vllm_config),
+            )
+        return DeviceStep(
+            policy=self.spec.policy,
+            decodes=decodes,
+            prefills=tuple(on_device(group, query_start, lengths) for group in groups),
+            query_start=query_start,
+            lengths=lengths,
+            starts=out,
+            slots=common.slot_mapping,
+            recent_table=table,
+            archive_table=table,  # the archive's own comes with its group's metadata
         )
 
 

@@ -17,6 +17,7 @@ from vllm.distributed import (
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.models.utils import extract_layer_index
+from vllm.platforms import current_platform
 
 from vllm_kvpca.errors import UnsupportedError
 from vllm_kvpca.kernels.layer_codec import LayerCodec
@@ -93,6 +94,7 @@ def attach_archive(impl: KvpcaAttentionImpl, vllm_config: Any) -> ArchiveLayer:
         "compress_after": options.compress_after,
         "keep_recent": options.keep_recent,
         "base_align": plan.align,
+        "max_model_len": vllm_config.model_config.max_model_len,
     }
     recent = RecentSpec(
         block_size=plan.raw_block,
@@ -122,7 +124,7 @@ def _layer_codec(
         total, get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
     )
     index = extract_layer_index(name)
-    device = next((p.device for p in layer.parameters()), torch.get_default_device())
+    device = torch.device(current_platform.device_type)
     bases = {}
     for which in "kv":
         basis = preset.basis(which, index, heads, layer.head_size)

@@ -1,0 +1,87 @@
+"""Where the raw part of each sequence starts: `starts` of a step, on the device.
+
+    start = min(n, max(boundary(n), leading null rows * raw_block)),  n = computed tokens
+
+One program per sequence reads its block-table row from the boundary on until it meets a
+block that is not null: as a rule that is the first one it looks at.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_kvpca.codec.policy import Policy
+
+ROWS = 64
+"""Rows of a block table that are looked at together."""
+
+
+def starts(
+    query_start: torch.Tensor,
+    lengths: torch.Tensor,
+    recent_table: torch.Tensor,
+    raw_block: int,
+    policy: Policy,
+    out: torch.Tensor,
+) -> None:
+    """Archived tokens of each sequence before the step.
+
+    Args:
+        query_start: (batch + 1,) int32, first new token of each sequence.
+        lengths: (batch,) int32, computed plus new tokens; 0 in padding rows.
+        recent_table: (batch, width) int32 block ids; 0 is the null block.
+        out: (batch,) int32.
+    """
+    _starts[(len(lengths),)](
+        query_start,
+        lengths,
+        recent_table,
+        recent_table.stride(0),
+        out,
+        RAW_BLOCK=raw_block,
+        AFTER=policy.compress_after,
+        RECENT=policy.keep_recent,
+        ALIGN=policy.align,
+        ROWS=ROWS,
+        num_warps=1,
+    )
+
+
+@triton.jit
+def boundary(n, AFTER: tl.constexpr, RECENT: tl.constexpr, ALIGN: tl.constexpr):
+    """codec.policy.boundary on the device."""
+    archived = tl.maximum(n - RECENT, 0) // ALIGN * ALIGN
+    return tl.where(n > AFTER, archived, 0)
+
+
+@triton.jit
+def _starts(
+    query_start,
+    lengths,
+    table,
+    table_stride,
+    out,
+    RAW_BLOCK: tl.constexpr,
+    AFTER: tl.constexpr,
+    RECENT: tl.constexpr,
+    ALIGN: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    sequence = tl.program_id(0)
+    new = tl.load(query_start + sequence + 1) - tl.load(query_start + sequence)
+    computed = tl.maximum(tl.load(lengths + sequence) - new, 0)
+    rows = tl.cdiv(computed, RAW_BLOCK)
+    row = boundary(computed, AFTER, RECENT, ALIGN) // RAW_BLOCK
+    null = table + sequence.to(tl.int64) * table_stride
+    offset = tl.arange(0, ROWS)
+    searching = row < rows
+    while searching:
+        at = row + offset
+        block = tl.load(null + at, mask=at < rows, other=1)
+        # Rows past the end count as found: other=1 is no null block.
+        first = tl.min(tl.where(block != 0, offset, ROWS), 0)
+        row += first
+        searching = (first == ROWS) & (row < rows)
+    tl.store(out + sequence, tl.minimum(computed, row * RAW_BLOCK))
