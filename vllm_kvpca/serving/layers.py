@@ -93,6 +93,7 @@ def attach_archive(impl: KvpcaAttentionImpl, vllm_config: Any) -> ArchiveLayer:
         "compress_after": options.compress_after,
         "keep_recent": options.keep_recent,
         "base_align": plan.align,
+        "max_model_len": vllm_config.model_config.max_model_len,
     }
     recent = RecentSpec(
         block_size=plan.raw_block,
