@@ -19,7 +19,7 @@ from vllm_kvpca.evaluation.load import random_prompts
 
 STOCK_FP8 = "stock-fp8"
 """In place of a preset: vLLM without compression, K and V in fp8."""
-DUMMY = {"load_format": "dummy", "skip_tokenizer_init": True}
+DUMMY: dict[str, Any] = {"load_format": "dummy", "skip_tokenizer_init": True}
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,8 @@ def capacity(settings: EngineSettings, utilization: float) -> dict[str, Any]:
 
 def _capacity(settings: EngineSettings, utilization: float) -> dict[str, Any]:
     llm = engine.start(
-        *_plain(settings),
+        settings,
+        in_core=False,
         kv_cache_memory_bytes=None,
         gpu_memory_utilization=utilization,
         **DUMMY,
@@ -63,13 +64,8 @@ def measure(settings: EngineSettings) -> dict[str, Any]:
     return engine.in_process(_measure, settings)
 
 
-def _plain(settings: EngineSettings) -> tuple[EngineSettings, bool]:
-    """Arguments of engine.start: settings, and whether the engine core runs in this process."""
-    return settings, False
-
-
 def _measure(settings: EngineSettings) -> dict[str, Any]:
-    llm = engine.start(*_plain(settings), **DUMMY)
+    llm = engine.start(settings, in_core=False, **DUMMY)
     vocabulary = llm.llm_engine.vllm_config.model_config.get_vocab_size()
     try:
         _generate(llm, vocabulary, Load("warm-up", 8, 600, 32))
