@@ -56,7 +56,7 @@ def kernels(
         rows += list(decode_bench.measure(chosen, [*decode_bench.PEERS, *preset]))
     results = decode_bench.compare(rows, bandwidth)
     settings: dict[str, Any] = dict(zip(("heads", "kv_heads", "head_dim"), heads, strict=True))
-    record = make_record("decode-kernels", [], model, settings, results, seed=0)
+    record = make_record("kernels", [], model, settings, results, seed=0)
     path = record.write(output)
     table = Table("shape", "contender", "B/token-head", "us", "GB/s", "vs FA3 bf16", "of read")
     for row in results["rows"]:
