@@ -124,6 +124,7 @@ def decode(
         *(batch, kv_heads, workspace.target, least, factor, cap),
         *(query.stride(0), query.stride(1), key.stride(0), key.stride(1)),
         *(value.stride(0), value.stride(1), out.stride(0), out.stride(1)),
+        *((0, 0, 0) if codec.v_basis is None else codec.v_basis.stride()),
         **parts,
         DROPPED=dropped_columns(codec.layout.v_bands),
         MERGED=merged,

@@ -50,7 +50,7 @@ def merge_kernel(
     query, key, value, out, basis, starts, lengths, sums_ptr, maxima_ptr, weights_ptr,
     batch, kv_heads, target, least, score_scale, soft_cap,
     q_stride_b, q_stride_h, k_stride_b, k_stride_h, v_stride_b, v_stride_h,
-    o_stride_b, o_stride_h,
+    o_stride_b, o_stride_h, b_stride_h, b_stride_d, b_stride_c,
     A_COST: tl.constexpr, A_TILE: tl.constexpr, R_COST: tl.constexpr, R_TILE: tl.constexpr,
     DROPPED: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, MERGED: tl.constexpr,
     DIM: tl.constexpr, WIDTH: tl.constexpr, STEP: tl.constexpr, BATCH: tl.constexpr,
@@ -59,7 +59,7 @@ def merge_kernel(
     """Grid (batch, kv_heads, ceil(GROUP / MERGED)): MERGED query heads at a time, 1 or 16.
 
     Args:
-        basis: (kv_heads, DIM, DIM) float32, V's; WIDTH is DIM as a power of two.
+        basis: (kv_heads, DIM, DIM) float32, V's, any strides; WIDTH is DIM as a power of two.
         STEP: chunks read at a time. DROPPED: columns that no chunk has written.
     """
     sequence = tl.program_id(0)
@@ -110,7 +110,7 @@ def merge_kernel(
     result += (n_scale * norm)[:, None] * v.to(tl.float32)[None, :]
     components = components * (a_scale * norm)[:, None]
     if HAS_BASIS:
-        at = basis + h64 * DIM * DIM + column[None, :] * DIM + column[:, None]
+        at = basis + h64 * b_stride_h + column[None, :] * b_stride_d + column[:, None] * b_stride_c
         b = tl.load(at, (column < DIM)[:, None] & (column < DIM)[None, :], other=0.0)
         if MERGED == 1:
             result += tl.sum(tl.reshape(components, (WIDTH, 1)) * b, 0)[None, :]

@@ -19,6 +19,8 @@ import torch
 import triton
 import triton.language as tl
 
+LOG2E = tl.constexpr(1.4426950408889634)
+
 _NIBBLES = tl.constexpr("""{
     .reg .b32 a, b, x, one, part, low, high;
     mov.b32 one, 0x3F803F80;
@@ -102,10 +104,11 @@ def unfold(x, ROWS: tl.constexpr):
 
 @triton.jit
 def capped(scores, soft_cap, HAS_CAP: tl.constexpr):
-    """soft_cap * tanh(scores / soft_cap), by 2^x, which saturates to the right limits."""
+    """Scores in base-2 units. With a soft cap they arrive in natural units and become
+    soft_cap * tanh(scores / soft_cap) first, by 2^x, which saturates to the right limits."""
     if HAS_CAP:
-        power = tl.exp2(scores * (2.8853900817779268 / soft_cap))  # 2 / ln 2
-        return soft_cap - 2 * soft_cap / (1 + power)
+        power = tl.exp2(scores * (2 * LOG2E / soft_cap))
+        return (soft_cap - 2 * soft_cap / (1 + power)) * LOG2E
     else:
         return scores
 

@@ -118,21 +118,23 @@ def row_count(group: int) -> int:
 
 
 def k_pieces(bands: Sequence[Band]) -> Pieces:
-    """(bits, byte, scale, codes, padded codes, first column, second column) of K's pieces.
+    """(bits, byte, scale, codes, padded codes, first column, second column, product).
 
-    A 4-bit piece covers two runs of columns, those of the low and of the high nibbles; for
-    other widths the second column is not used.
+    A 4-bit piece covers two runs of columns, those of the low and of the high nibbles, and
+    makes two products; for other widths the second column is not used. `product` counts
+    the products of the pieces before.
     """
     pieces: list[tuple[int, ...]] = []
+    product = 0
     for band, byte, scale, column in _stored(bands):
         codes, size = _codes(band)
         done = 0
         for width, padded in _cut(codes, LEAST_DOT[band.bits]):
             first = column + done
-            pieces.append(
-                (band.bits, byte + done * size, scale, width, padded, first, first + codes)
-            )
+            at = byte + done * size
+            pieces.append((band.bits, at, scale, width, padded, first, first + codes, product))
             done += width
+            product += 2 if band.bits == 4 else 1
     return tuple(pieces)
 
 

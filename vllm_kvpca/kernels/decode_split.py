@@ -26,7 +26,6 @@ import triton.language as tl
 
 from vllm_kvpca.kernels.decode_ops import capped, fold, int8_values, nibbles, unfold
 
-LOG2E = tl.constexpr(1.4426950408889634)
 HI = tl.constexpr(254)
 
 
@@ -161,28 +160,24 @@ def _scores(q, base, offset, valid, AT: tl.constexpr, K: tl.constexpr, DTYPE: tl
     """(ROWS, tokens) products of the queries with K."""
     k_base = base + (AT[1] + offset * AT[2])
     total = tl.zeros((ROWS, valid.shape[0]), tl.float32)
-    n = 0
     for k in tl.static_range(len(K)):
         piece = k_base + K[k][1]
         if K[k][0] == 16:
             codes = _codes(piece.to(tl.pointer_type(DTYPE)), valid, K[k][3], K[k][4])
             if INTERPRET:
-                s = tl.dot(q[n][0].to(tl.float32), tl.trans(codes.to(tl.float32)),
+                s = tl.dot(q[K[k][7]][0].to(tl.float32), tl.trans(codes.to(tl.float32)),
                            input_precision="ieee")  # fmt: skip
             else:
-                s = tl.dot(q[n][0], tl.trans(codes))
+                s = tl.dot(q[K[k][7]][0], tl.trans(codes))
             total += fold(s, ROWS)
-            n += 1
         else:
             codes = _codes(piece, valid, K[k][3], K[k][4])
             if K[k][0] == 8:
-                s = _int_product(q[n], codes.to(tl.int8, bitcast=True), ROWS)
-                n += 1
+                s = _int_product(q[K[k][7]], codes.to(tl.int8, bitcast=True), ROWS)
             else:
                 low = (codes & 15).to(tl.int8, bitcast=True) - 8
                 high = (codes >> 4).to(tl.int8, bitcast=True) - 8
-                s = _int_product(q[n], low, ROWS) + _int_product(q[n + 1], high, ROWS)
-                n += 2
+                s = _int_product(q[K[k][7]], low, ROWS) + _int_product(q[K[k][7] + 1], high, ROWS)
             scale = _scales(base + (AT[5] + offset * AT[6]), K[k][2], valid)
             total += s * scale[None, :]
     return total
@@ -219,6 +214,11 @@ def _add_values(sums, p, base, offset, valid, AT: tl.constexpr, V: tl.constexpr,
 
 
 @triton.jit
+def _no_sums(WIDTH: tl.constexpr):
+    return tl.zeros((16, WIDTH), tl.float32)
+
+
+@triton.jit
 def _attend(
     query, q_stride, cache, block_stride, table, first, last, score_scale, soft_cap,
     sums_ptr, maxima_ptr, weights_ptr,
@@ -230,7 +230,7 @@ def _attend(
     q = _prepare(query, q_stride, K, DTYPE, GROUP, ROWS)
     sums = ()
     for v in tl.static_range(len(V)):
-        sums = sums + (tl.zeros((16, V[v][3]), tl.float32),)
+        sums = sums + (_no_sums(V[v][3]),)
     top = tl.full((ROWS,), float("-inf"), tl.float32)
     weight = tl.zeros((ROWS,), tl.float32)
     for t in range(first, last, TILE):
