@@ -13,7 +13,7 @@ import importlib.util
 import pytest
 import torch
 
-KERNELS = ("store", "archive", "gather", "decode")
+KERNELS = ("store", "archive", "gather", "starts", "decode")
 
 
 def import_interpreted() -> None:
