@@ -1,0 +1,166 @@
+"""Decode attention on a GPU: one new token per sequence over archive, recent and itself.
+
+Two kernels, or three launches with a basis for K: split-KV programs attend to chunks of the
+two caches (decode_split), then one kernel merges a sequence's chunks, rotates V's components
+back to head space, once per query head, and adds the new token (decode_merge). The host
+reads nothing back and its launches depend on shapes alone, so all of it can be captured in a
+CUDA graph.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import lru_cache
+
+import torch
+import triton
+
+from vllm_kvpca.kernels.decode_merge import merge_kernel
+from vllm_kvpca.kernels.decode_ops import triton_dtype
+from vllm_kvpca.kernels.decode_plan import (
+    DecodeWorkspace,
+    Part,
+    Tuning,
+    archive_part,
+    dropped_columns,
+    make_workspace,
+    recent_part,
+    row_count,
+)
+from vllm_kvpca.kernels.decode_split import split_kernel
+from vllm_kvpca.kernels.layer_codec import LayerCodec
+
+__all__ = ["DecodeWorkspace", "Tuning", "decode", "make_workspace"]
+
+LOG2E = 1.4426950408889634
+LEAST_TOKENS = 64
+"""Raw tokens' worth of bytes below which a chunk does not pay for its merge."""
+
+
+def interpreted() -> bool:
+    """Whether Triton runs kernels in its interpreter, which knows no inline assembly."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def decode(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    recent: torch.Tensor,
+    pages: torch.Tensor,
+    recent_table: torch.Tensor,
+    archive_table: torch.Tensor,
+    starts: torch.Tensor,
+    lengths: torch.Tensor,
+    codec: LayerCodec,
+    scale: float,
+    soft_cap: float | None,
+    out: torch.Tensor,
+    workspace: DecodeWorkspace,
+) -> None:
+    """Attention of one new token per sequence, written into `out`.
+
+    Args:
+        query, out: (batch, heads, head_dim) in the model's dtype, last dimension contiguous.
+        key, value: (batch, kv_heads, head_dim), the new tokens' own; they are attended to
+            from here, whether the cache has them already or not.
+        recent: (blocks, kv_heads, raw_block, 2 * head_dim); a head's part contiguous.
+        pages: (blocks, kv_heads, head_bytes) uint8; a head's part contiguous.
+        recent_table, archive_table: (batch, width) int32 block ids.
+        starts: (batch,) int32; tokens [0, start) are archived, [start, length - 1) recent.
+        lengths: (batch,) int32, tokens with the new one; 0 for a row of padding, of which
+            nothing is read and whose output is 0.
+        scale: factor on the scores. soft_cap: see kernels.softmax.partial_attention.
+        workspace: from make_workspace, for at least this batch.
+    """
+    batch, heads, head_dim = query.shape
+    kv_heads = key.shape[1]
+    group, tuning = heads // kv_heads, workspace.tuning
+    archive = _archive_part(codec.layout)
+    raw = _recent_part(head_dim, recent.shape[2])
+    if not batch:
+        return
+    if codec.k_basis is None:
+        rotated = query.unflatten(1, (kv_heads, group))
+    else:
+        rotated = _rotate(query, codec.k_basis, workspace)
+    factor = scale if soft_cap else scale * LOG2E
+    cap = float(soft_cap or 0.0)
+    least = LEAST_TOKENS * raw.cost
+    parts = dict(
+        A_COST=archive.cost,
+        A_TILE=tuning.archive_tile,
+        R_COST=raw.cost,
+        R_TILE=tuning.recent_tile,
+        GROUP=group,
+        ROWS=row_count(group),
+        DIM=head_dim,
+        BATCH=triton.next_power_of_2(batch),
+        HAS_CAP=bool(soft_cap),
+        INTERPRET=interpreted(),
+    )
+    recent_bytes = recent.view(torch.uint8)
+    split_kernel[(kv_heads, workspace.target + 2 * batch)](
+        *(query, rotated, recent_bytes, pages, recent_table, archive_table, starts, lengths),
+        *(workspace.sums, workspace.maxima, workspace.weights),
+        *(batch, workspace.target, least, factor, cap),
+        *(query.stride(0), query.stride(1)),
+        *rotated.stride()[:3],
+        *(recent_bytes.stride(0), recent_bytes.stride(1), pages.stride(0), pages.stride(1)),
+        *(recent_table.stride(0), archive_table.stride(0)),
+        **_constants("A", archive),
+        **_constants("R", raw),
+        **parts,
+        DTYPE=triton_dtype(query.dtype),
+        **_launch(tuning),
+    )
+    # Few programs: one per query head, so that many chunks are read by many. Many programs:
+    # one per KV head, so that the basis is read once for its query heads.
+    merged = 1 if batch * kv_heads <= 128 else 16
+    width = triton.next_power_of_2(head_dim)
+    merge_kernel[(batch, kv_heads, -(-group // merged))](
+        *(query, key, value, out, codec.v_basis, starts, lengths),
+        *(workspace.sums, workspace.maxima, workspace.weights),
+        *(batch, kv_heads, workspace.target, least, factor, cap),
+        *(query.stride(0), query.stride(1), key.stride(0), key.stride(1)),
+        *(value.stride(0), value.stride(1), out.stride(0), out.stride(1)),
+        *((0, 0, 0) if codec.v_basis is None else codec.v_basis.stride()),
+        **parts,
+        DROPPED=dropped_columns(codec.layout.v_bands),
+        MERGED=merged,
+        WIDTH=width,
+        STEP=16 if merged == 1 else 1,
+        HAS_BASIS=codec.v_basis is not None,
+        num_warps=4 if merged == 1 else 8,
+    )
+
+
+@lru_cache(64)
+def _archive_part(layout: object) -> Part:
+    return archive_part(layout)  # type: ignore[arg-type]
+
+
+@lru_cache(64)
+def _recent_part(head_dim: int, block_size: int) -> Part:
+    return recent_part(head_dim, block_size)
+
+
+def _constants(prefix: str, part: Part) -> dict[str, object]:
+    return {f"{prefix}_AT": part.offsets, f"{prefix}_K": part.k, f"{prefix}_V": part.v}
+
+
+def _launch(tuning: Tuning) -> dict[str, int]:
+    options = {"num_warps": tuning.warps, "num_stages": tuning.stages}
+    if tuning.registers:
+        options["maxnreg"] = tuning.registers
+    return options
+
+
+def _rotate(query: torch.Tensor, basis: torch.Tensor, workspace: DecodeWorkspace) -> torch.Tensor:
+    """(batch, kv_heads, group, head_dim) float32 queries in K's component space."""
+    batch, heads, head_dim = query.shape
+    kv_heads = len(basis)
+    plain, rotated = workspace.rotated[:, :, : batch * (heads // kv_heads)].unbind(0)
+    plain.unflatten(1, (batch, -1)).copy_(query.unflatten(1, (kv_heads, -1)).transpose(0, 1))
+    torch.bmm(plain, basis, out=rotated)
+    return rotated.unflatten(1, (batch, -1)).transpose(0, 1)
