@@ -10,10 +10,11 @@ from __future__ import annotations
 import sys
 import time
 from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
 
-from vllm_kvpca.codec.bands import RAW_BITS, Band
+from vllm_kvpca.codec.bands import RAW_BITS, resolve_bands
 from vllm_kvpca.kernels import merge, reference
 from vllm_kvpca.kernels.decode import DecodeWorkspace, Tuning, decode, make_workspace
 from vllm_kvpca.kernels.layer_codec import LayerCodec
@@ -48,10 +49,10 @@ class Case:
 
 
 def bands(spec, dim):
-    return tuple(Band(round(share * dim), bits) for share, bits in spec)
+    return resolve_bands([(Fraction(share), bits) for share, bits in spec], dim)
 
 
-def make_codec(name, dim, kv_heads, block, dtype, device=None):
+def make_codec(name, dim, kv_heads, block, dtype, device=None, k_basis=True):
     """Random orthonormal bases wherever the format is not raw."""
     device = device or DEVICE
     k, v = (bands(spec, dim) for spec in FORMATS[name])
@@ -61,7 +62,7 @@ def make_codec(name, dim, kv_heads, block, dtype, device=None):
             return None
         return torch.linalg.qr(torch.randn(kv_heads, dim, dim))[0].contiguous().to(device)
 
-    return LayerCodec(ArchiveLayout(dim, block, k, v), basis(k), basis(v), dtype)
+    return LayerCodec(ArchiveLayout(dim, block, k, v), basis(k) if k_basis else None, basis(v), dtype)
 
 
 def make_case(name, dim, group, starts, recents, dtype, kv_heads=2, block=80, raw_block=32,
@@ -189,7 +190,7 @@ def timing_cases(name, batch, length, recent, tuning=None, dim=128, heads=28, kv
     torch.manual_seed(0)
     dtype = torch.bfloat16
     block = {"k8v4": 160, "k8v8": 112}.get(name, 64)
-    codec = make_codec(name, dim, kv_heads, block, dtype)
+    codec = make_codec(name, dim, kv_heads, block, dtype, k_basis=False)
     layout, start = codec.layout, length - 1 - recent
     size = batch * kv_heads * (start * layout.content_bytes + recent * 4 * dim)
     cases = []
@@ -281,6 +282,28 @@ def sweep(only: str = "") -> None:
                 print(name, tuning, "failed:", str(failure)[:200], flush=True)
 
 
+def profile(only: str = "") -> None:
+    """Times of the single kernels, by torch's profiler."""
+    for name, batch, length in (("k8v4", 64, 4097), ("k8v8", 64, 4097), ("k8v4", 1, 131073)):
+        cases, _ = timing_cases(name, batch, length, 0)
+        cases[0].run()
+        with torch.profiler.profile() as prof:
+            for case in cases * 4:
+                case.run()
+            torch.cuda.synchronize()
+        for event in prof.key_averages():
+            if event.device_time_total:
+                print(f"{name} {batch} {event.key[:30]:30s} {event.device_time:8.1f} us")
+
+
+def one(only: str = "") -> None:
+    """One call, for ncu."""
+    cases, _ = timing_cases(only, 64, 4097, 0)
+    for _ in range(2):
+        cases[0].run()
+    torch.cuda.synchronize()
+
+
 def time_all(only: str = "") -> None:
     print(f"pure read {read_gbs():.0f} GB/s")
     for name in [only] if only else ("k8v4", "k8v8", "v-mixed", "raw"):
@@ -294,5 +317,5 @@ if __name__ == "__main__":
     for step in sys.argv[1:] or ["check", "time"]:
         began = time.time()
         verb, _, only = step.partition(":")
-        {"check": check, "sweep": sweep, "time": time_all}[verb](only)
+        {"check": check, "sweep": sweep, "time": time_all, "profile": profile, "one": one}[verb](only)
         print(f"-- {step}: {time.time() - began:.0f} s", flush=True)

@@ -4,13 +4,13 @@ A tensor core wants bfloat16 or int8 operands; converting integers with the conv
 costs four times an ordinary instruction. These functions put the code's bits into the
 mantissa of a constant instead and take the constant off again; every step is exact:
 
-    low nibble n    bits of 128.0 | n         = 128 + n       * 1    - 136 = n - 8
-    high nibble n   bits of 128.0 | n << 4    = 128 + 16 n    * 1/16 -  16 = n - 8
-    int8 x          bits of 128.0 | (x & 127), minus 128 if x >= 0, else 256
+    nibble n    bits of 128.0 | n = 128 + n, minus 136 = n - 8
+    int8 x      bits of 128.0 | (x & 127), minus 128 if x >= 0, else 256 = x
 
-(128 + n fills bfloat16's seven mantissa bits; the 256 is 128 with x's sign bit added to the
-exponent.) Four codes arrive in one register and leave as two pairs: two byte permutes, and
-for each pair one or two logic operations and one fused multiply-add.
+(128 + n fits bfloat16's seven mantissa bits; the 256 is 128 with x's sign bit added to the
+exponent.) Four bytes arrive in one register and leave as pairs: two byte permutes, and for
+each pair a shift (high nibbles), one or two logic operations and one fused multiply-add.
+Outputs are early-clobber: the first is written before the input is read for the last time.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 
 _NIBBLES = tl.constexpr("""{
-    .reg .b32 a, b, x, one, part, low, high;
+    .reg .b32 a, b, x, one, low;
     mov.b32 one, 0x3F803F80;
-    mov.b32 part, 0x3D803D80;
     mov.b32 low, 0xC308C308;
-    mov.b32 high, 0xC180C180;
     prmt.b32 a, $4, 0, 0x4140;
     prmt.b32 b, $4, 0, 0x4342;
     lop3.b32 x, a, 0x000F000F, 0x43004300, 0xEA;
     fma.rn.bf16x2 $0, x, one, low;
     lop3.b32 x, b, 0x000F000F, 0x43004300, 0xEA;
     fma.rn.bf16x2 $1, x, one, low;
-    lop3.b32 x, a, 0x00F000F0, 0x43004300, 0xEA;
-    fma.rn.bf16x2 $2, x, part, high;
-    lop3.b32 x, b, 0x00F000F0, 0x43004300, 0xEA;
-    fma.rn.bf16x2 $3, x, part, high;
+    shr.u32 a, a, 4;
+    shr.u32 b, b, 4;
+    lop3.b32 x, a, 0x000F000F, 0x43004300, 0xEA;
+    fma.rn.bf16x2 $2, x, one, low;
+    lop3.b32 x, b, 0x000F000F, 0x43004300, 0xEA;
+    fma.rn.bf16x2 $3, x, one, low;
 }""")
 
 _INT8 = tl.constexpr("""{
@@ -62,7 +62,7 @@ def nibbles(codes, INTERPRET: tl.constexpr):
     else:
         low, high = tl.inline_asm_elementwise(
             _NIBBLES,
-            "=r,=r,=r,=r,r",
+            "=&r,=&r,=&r,=&r,r",
             [codes],
             dtype=(tl.bfloat16, tl.bfloat16),
             is_pure=True,
@@ -78,7 +78,7 @@ def int8_values(codes, INTERPRET: tl.constexpr):
         values = codes.to(tl.int8, bitcast=True).to(tl.float32)
     else:
         values = tl.inline_asm_elementwise(
-            _INT8, "=r,=r,r", [codes], dtype=tl.bfloat16, is_pure=True, pack=4
+            _INT8, "=&r,=&r,r", [codes], dtype=tl.bfloat16, is_pure=True, pack=4
         )
     return values
 

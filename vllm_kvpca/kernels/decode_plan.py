@@ -35,13 +35,13 @@ class Tuning:
         registers: most registers of a thread, or None for the compiler's choice.
     """
 
-    archive_tile: int = 32
-    recent_tile: int = 16
-    warps: int = 1
+    archive_tile: int = 64
+    recent_tile: int = 32
+    warps: int = 2
     stages: int = 2
-    programs: int = 12
+    programs: int = 8
     waves: int = 1
-    registers: int | None = None
+    registers: int | None = 128
 
 
 @dataclass(frozen=True)
