@@ -55,7 +55,7 @@ def make_case(name, dtype, sequences, heads, head_dim, device):
         # Raw blocks of archived tokens are given back; their rows are not read.
         recent_table[i, : start // RAW_BLOCK] = 0
     recent = filled_recent(int(recent_table.max()) + 1, heads, RAW_BLOCK, head_dim, dtype, device)
-    pages = filled_pages(int(archive_table.max()) + 1, heads, codec, dtype, device)
+    pages = filled_pages(max(2, int(archive_table.max()) + 1), heads, codec, dtype, device)
     tokens = random_tokens(int(query_start[-1]), heads, head_dim, dtype, device)
     offsets = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0)) + 2
     step = (query_start, lengths, starts, recent_table, archive_table, offsets)
@@ -101,10 +101,10 @@ def test_rows_are_the_tokens_that_were_archived(name, device):
     key, value = torch.randn(2, 40, 1, 64, device=device).half()
     pages = torch.zeros(2, 1, codec.layout.head_bytes, dtype=torch.uint8, device=device)
     recent = torch.zeros(3, 1, RAW_BLOCK, 128, device=device).half()
-    reference.archive(pages, key, value, torch.arange(BLOCK, BLOCK + 33, device=device), codec)
-    reference.store(
-        recent, key[33:38], value[33:38], torch.arange(65, 70, device=device)
-    )  # positions 33 to 37 in block 2
+    slots = torch.arange(33, device=device) + BLOCK
+    reference.archive(pages, key[:33], value[:33], slots, codec)
+    slots = torch.arange(65, 70, device=device)  # positions 33 to 37 in block 2
+    reference.store(recent, key[33:38], value[33:38], slots)
     tables = (torch.tensor([row], dtype=torch.int32, device=device) for row in ([0, 2], [1]))
     step = (*step_tensors([(38, 2, 33)], device), *tables)
     k, v = torch.empty(2, 40, 1, 64, device=device).half()
@@ -115,9 +115,8 @@ def test_rows_are_the_tokens_that_were_archived(name, device):
     # Relative error of a vector: codes of 8 bits in one band, of 4 bits, a quarter dropped.
     limits = {"raw": 0, "k8v8": 0.01, "kv-mixed": 0.2, "v-rank-int8": 0.8}
     for got, wanted in ((k, key), (v, value)):
-        error = (got[:33].float() - wanted[:33].float()).norm(dim=-1) / wanted[:33].float().norm(
-            dim=-1
-        )
+        got, wanted = got[:33].float(), wanted[:33].float()
+        error = (got - wanted).norm(dim=-1) / wanted.norm(dim=-1)
         assert float(error.max()) <= limits[name]
 
 

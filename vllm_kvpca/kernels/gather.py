@@ -17,8 +17,8 @@ from vllm_kvpca.kernels.layer_codec import LayerCodec
 ARCHIVE_TILE = 64
 """Archived tokens of one program: they share one pass over the basis, which stays in L2."""
 RAW_TILE = 32
-CHUNK = 32
-"""Components of one product with the basis: 16 KiB of it at head_dim 128."""
+BASIS_CELLS = 4096
+"""Cells of the basis in one product: 16 KiB, a few of which fit into shared memory."""
 
 
 def gather(
@@ -75,7 +75,7 @@ def gather(
         archive_table.stride(0),
         HEAD_DIM=head_dim,
         WIDTH=width,
-        CHUNK=CHUNK,
+        CHUNK=min(32, BASIS_CELLS // width),
         TILE=ARCHIVE_TILE,
         num_warps=4 if head_dim <= 128 else 8,
         num_stages=2,
