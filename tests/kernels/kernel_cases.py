@@ -79,7 +79,10 @@ def step_tensors(sequences: Sequences, device="cpu") -> tuple[torch.Tensor, ...]
     """query_start, lengths and starts, each int32, as slices that begin at odd places."""
     computed, new, start = torch.tensor([(0, 0, 0), *sequences], dtype=torch.int32).T
     query_start = torch.nn.functional.pad(new.cumsum(0, dtype=torch.int32), (1, 0))
-    return tuple(x[1:] for x in (query_start.to(device), (computed + new).to(device), start.clone().to(device)))
+    return tuple(
+        x[1:]
+        for x in (query_start.to(device), (computed + new).to(device), start.clone().to(device))
+    )
 
 
 def filled_recent(

@@ -55,9 +55,7 @@ def make_case(name, dtype, policy, sequences, heads, head_dim, device):
 
 def check(name, dtype, policy, sequences, heads, head_dim, device, max_new=None):
     """Kernel and reference write the same; returns the kernel's pages."""
-    codec, wanted, actual, args = make_case(
-        name, dtype, policy, sequences, heads, head_dim, device
-    )
+    codec, wanted, actual, args = make_case(name, dtype, policy, sequences, heads, head_dim, device)
     if max_new is None:
         max_new = max(new for _, new, _ in sequences)
     reference.archive_step(wanted, *args, max_new=max_new)

@@ -140,7 +140,9 @@ class Run:
         pages = torch.randint(0, 256, (BLOCKS, KV_HEADS, head_bytes), dtype=torch.uint8)
         self.recent, self.pages = recent.clone(), pages.clone()
         codec = self.codec
-        bases = (x.to(self.device) if x is not None else None for x in (codec.k_basis, codec.v_basis))
+        bases = (
+            x.to(self.device) if x is not None else None for x in (codec.k_basis, codec.v_basis)
+        )
         k_basis, v_basis = bases
         codec = replace(codec, k_basis=k_basis, v_basis=v_basis)
         self.cache = LayerCache(recent.to(self.device), pages.to(self.device), codec)
