@@ -13,7 +13,7 @@ import importlib.util
 import pytest
 import torch
 
-KERNELS = ("store", "archive", "gather", "starts", "decode")
+KERNELS = ("starts", "store", "archive", "gather", "decode")
 
 
 def import_interpreted() -> None:

@@ -1,4 +1,4 @@
-"""Store, archive and gather on a GPU: correctness over all shapes, then times.
+"""Starts, store, archive and gather on a GPU: correctness over all shapes, then times.
 
     python tests/gpu/check_store.py            # both; the table of times comes last
     python tests/gpu/check_store.py --no-times
@@ -25,67 +25,74 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "kernels")]
 
 from kernel_cases import (  # noqa: E402
     FORMATS,
+    Sequences,
+    assert_expanded,
     assert_same_codes,
+    filled_recent,
     make_codec,
     make_table,
     random_tokens,
+    step_tensors,
     strided_cache,
 )
 
 from vllm_kvpca.codec.policy import Policy  # noqa: E402
 from vllm_kvpca.kernels import reference  # noqa: E402
-from vllm_kvpca.kernels.archive import archive as archive_listed  # noqa: E402
-from vllm_kvpca.kernels.archive import archive_decode  # noqa: E402
-from vllm_kvpca.kernels.gather import gather as gather_archived  # noqa: E402
-from vllm_kvpca.kernels.gather import gather_recent  # noqa: E402
+from vllm_kvpca.kernels.archive import archive  # noqa: E402
+from vllm_kvpca.kernels.gather import gather  # noqa: E402
 from vllm_kvpca.kernels.layer_codec import LayerCodec  # noqa: E402
+from vllm_kvpca.kernels.starts import starts as find_starts  # noqa: E402
 from vllm_kvpca.kernels.store import store as store_raw  # noqa: E402
 
 DEVICE = "cuda"
 RAW_BLOCK, BLOCK = 32, 80
 COUNTS = (1, 16, 17, 63, 1000)
+EVERYTHING = Policy(0, 0, 1)
+"""Every token is archived at once."""
 DTYPES = (torch.bfloat16, torch.float16)
 HEADS = ((3, 64), (1, 96), (4, 128), (2, 256))
 
 
 @dataclass
-class Caches:
-    """Filled recent pages, archive pages for kernel and reference, and new tokens."""
+class Step:
+    """Filled caches and the tensors of one step; `wanted` are the reference's pages."""
 
     recent: torch.Tensor
     pages: torch.Tensor
     wanted: torch.Tensor
     key: torch.Tensor
     value: torch.Tensor
+    where: tuple[torch.Tensor, ...]
+    """query_start, lengths, starts, recent_table, archive_table."""
+
+    @property
+    def sources(self) -> tuple[torch.Tensor, ...]:
+        return self.recent, self.key, self.value
 
 
-def caches(
-    codec: LayerCodec, heads: int, raw_blocks: int, blocks: int, new: int, dtype: torch.dtype
-) -> Caches:
-    head_dim = codec.layout.head_dim
-    recent = strided_cache(raw_blocks, heads, RAW_BLOCK, 2 * head_dim, dtype=dtype, device=DEVICE)
-    key, value = random_tokens(raw_blocks * RAW_BLOCK, heads, head_dim, dtype, DEVICE)
-    reference.store(recent, key, value, torch.arange(len(key), device=DEVICE))
+def make_step(codec: LayerCodec, heads: int, sequences: Sequences) -> Step:
+    head_dim, dtype = codec.layout.head_dim, codec.dtype
+    where = step_tensors(sequences, DEVICE)
+    lengths = where[1].tolist()
+    tables = [make_table([-(-n // size) for n in lengths], DEVICE) for size in (RAW_BLOCK, BLOCK)]
+    raw_blocks, blocks = (int(table.max()) + 1 for table in tables)
+    recent = filled_recent(raw_blocks, heads, RAW_BLOCK, head_dim, dtype, DEVICE)
     pages, wanted = (
         strided_cache(
             blocks, heads, codec.layout.head_bytes, dtype=torch.uint8, device=DEVICE, fill=0x77
         )
         for _ in range(2)
     )
-    return Caches(recent, pages, wanted, *random_tokens(new, heads, head_dim, dtype, DEVICE))
-
-
-def random_slots(count: int, blocks: int, size: int, hole: int) -> torch.Tensor:
-    """Different slots outside block 0; every `hole`-th is -1."""
-    slots = torch.randperm((blocks - 1) * size)[:count] + size
-    slots[1::hole] = -1
-    return slots.to(DEVICE)
+    tokens = random_tokens(max(1, int(where[0][-1])), heads, head_dim, dtype, DEVICE)
+    return Step(recent, pages, wanted, *tokens, (*where, *tables))
 
 
 def check_store(tokens: int, heads: int, head_dim: int, dtype: torch.dtype) -> None:
     key, value = random_tokens(tokens, heads, head_dim, dtype, DEVICE)
     blocks = tokens // RAW_BLOCK + 3
-    slots = random_slots(tokens, blocks, RAW_BLOCK, 5)
+    slots = (torch.randperm((blocks - 1) * RAW_BLOCK)[:tokens] + RAW_BLOCK).to(DEVICE)
+    slots[1::5] = -1
+    slots[2::5] %= RAW_BLOCK  # the null block
     shape = (blocks, heads, RAW_BLOCK, 2 * head_dim)
     actual, wanted = (strided_cache(*shape, dtype=dtype, device=DEVICE, fill=7) for _ in range(2))
     store_raw(actual, key, value, slots)
@@ -93,87 +100,98 @@ def check_store(tokens: int, heads: int, head_dim: int, dtype: torch.dtype) -> N
     assert torch.equal(actual, wanted)
 
 
+def check_starts(nulls: int) -> None:
+    """Boundary, prefix hits and padding rows; kernels.starts has the definition."""
+    policy = Policy(300, 40, 96)
+    sequences = [(0, 0, 0), (300, 1, 0), (301, 1, 0), (100, 9, 0), (9000, 70, 0), (0, 64, 0)]
+    query_start, lengths, _ = step_tensors(sequences, DEVICE)
+    table = torch.ones(len(sequences), 300, dtype=torch.int32, device=DEVICE)
+    table[:, :nulls] = 0
+    out = torch.full_like(lengths, -7)
+    find_starts(query_start, lengths, table, RAW_BLOCK, policy, out)
+    wanted = [min(n, max(policy.boundary(n), nulls * RAW_BLOCK)) for n, _, _ in sequences]
+    assert out.tolist() == wanted, (out.tolist(), wanted)
+
+
 def check_archive(name: str, count: int, heads: int, head_dim: int, dtype: torch.dtype) -> None:
+    """A third of the tokens is new; a block of either table is null."""
     codec = make_codec(name, head_dim, heads, dtype, DEVICE, BLOCK)
     new = count // 3
-    old = count - new
-    blocks = count // BLOCK + 3
-    c = caches(codec, heads, old // RAW_BLOCK + 2, blocks, new + 3, dtype)
-    recent_slots = torch.randperm(len(c.recent) * RAW_BLOCK)[:old].to(DEVICE)
-    new_tokens = torch.randperm(new + 3)[:new].to(DEVICE)
-    slots = random_slots(count, blocks, BLOCK, 7)
-    args = (c.recent, c.key, c.value, recent_slots, new_tokens, slots, codec)
-    archive_listed(c.pages, *args)
-    reference.archive_work(c.wanted, *args)
-    assert_same_codes(c.pages, c.wanted, codec)
+    step = make_step(codec, heads, [(count - new, new, 0), (3 * count, 1, count), (0, 0, 0)])
+    for table in step.where[3:]:
+        table[1, table.shape[1] // 2] = 0
+    args = (*step.sources, *step.where, EVERYTHING, codec)
+    archive(step.pages, *args, max_new=max(1, new))
+    reference.archive_step(step.wanted, *args)
+    assert_same_codes(step.pages, step.wanted, codec)
+    assert (step.pages[0] == 0x77).all()
 
 
-def check_archive_decode(name: str, heads: int, head_dim: int, dtype: torch.dtype) -> None:
+def check_archive_graph(name: str, heads: int, head_dim: int, dtype: torch.dtype) -> None:
     """Padding, no work, one step, the first crossing; captured in a graph, replayed twice."""
     policy = Policy(500, 0, 160)
-    lengths = [0, 1, 500, 501, 640, 641, 2000, 960]
     starts = [0, 0, 0, 0, 480, 640, 0, 800]
+    lengths = [0, 1, 500, 501, 640, 641, 2000, 960]
+    sequences = [
+        (max(0, n - 1), min(n, 1), start) for n, start in zip(lengths, starts, strict=True)
+    ]
     codec = make_codec(name, head_dim, heads, dtype, DEVICE, BLOCK)
-    tables = (
-        make_table([-(-n // RAW_BLOCK) for n in lengths], DEVICE),
-        make_table([-(-n // BLOCK) for n in lengths], DEVICE),
-    )
-    raw_blocks, blocks = (int(table.max()) + 1 for table in tables)
-    c = caches(codec, heads, raw_blocks, blocks, len(lengths), dtype)
-    n = torch.zeros(len(lengths), dtype=torch.int32, device=DEVICE)
-    first = torch.zeros_like(n)
-    args = (c.recent, c.key, c.value, *tables, n, first, policy, codec)
-    archive_decode(c.pages, *args)  # all rows are padding: compiles, writes nothing
+    step = make_step(codec, heads, sequences)
+    query_start, n, first, *tables = step.where
+    args = (*step.sources, *step.where, policy, codec)
+    saved = [x.clone() for x in (query_start, n, first)]
+    for x in (query_start, n, first):
+        x.zero_()
+    archive(step.pages, *args)  # all rows are padding: compiles, writes nothing
     torch.cuda.synchronize()
-    assert (c.pages == 0x77).all()
+    assert (step.pages == 0x77).all()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        archive_decode(c.pages, *args)
+        archive(step.pages, *args)
     for _ in range(2):
-        n.copy_(torch.tensor(lengths))
-        first.copy_(torch.tensor(starts))
+        for x, values in zip((query_start, n, first), saved, strict=True):
+            x.copy_(values)
         graph.replay()
-        reference.archive_decode(c.wanted, *args)
-        assert_same_codes(c.pages, c.wanted, codec)
-        lengths.reverse(), starts.reverse(), [table.copy_(table.flip(0)) for table in tables]
+        reference.archive_step(step.wanted, *args)
+        assert_same_codes(step.pages, step.wanted, codec)
+        new = saved[0].diff().flip(0)
+        saved = [torch.nn.functional.pad(new.cumsum(0), (1, 0)), saved[1].flip(0), saved[2].flip(0)]
+        for table in tables:
+            table.copy_(table.flip(0))
 
 
 def check_gather(name: str, count: int, heads: int, head_dim: int, dtype: torch.dtype) -> None:
     codec = make_codec(name, head_dim, heads, dtype, DEVICE, BLOCK)
-    begins = torch.tensor([0, 5, 40, 30], dtype=torch.int32, device=DEVICE)
-    counts = torch.tensor([count, 0, 17, count // 2], dtype=torch.int32, device=DEVICE)
-    ends = begins + counts
-    offsets = torch.cat([counts[:1] * 0, counts.cumsum(0)]).int() + 2
-    total = int(counts.sum())
-    archive_table, recent_table = (
-        make_table([-(-n // size) for n in ends.tolist()], DEVICE) for size in (BLOCK, RAW_BLOCK)
-    )
-    raw_blocks, blocks = int(recent_table.max()) + 1, int(archive_table.max()) + 1
-    c = caches(codec, heads, raw_blocks, blocks, blocks * BLOCK, dtype)
-    reference.archive(c.pages, c.key, c.value, torch.arange(len(c.key), device=DEVICE), codec)
-    where = (begins, ends, offsets, count // 2)
-    for run, expected, source, tail in (
-        (gather_archived, reference.gather, (c.pages, archive_table), (codec,)),
-        (gather_recent, reference.gather_recent, (c.recent, recent_table), ()),
-    ):
-        outs = [
-            torch.full((total + 4, heads, head_dim), torch.nan, dtype=dtype, device=DEVICE)
-            for _ in range(4)
-        ]
-        run(*source, *where, *outs[:2], *tail)
-        expected(*source, *where, *outs[2:], *tail)
-        # One float32 product, rounded once: equal bit for bit.
-        torch.testing.assert_close(outs[:2], outs[2:], rtol=0, atol=0, equal_nan=True)
+    sequences = [(2 * count, 3, count), (0, 5, 0), (count, 1, count), (40, 17, 0), (0, 0, 0)]
+    step = make_step(codec, heads, sequences)
+    # Every page's tokens are valid: they are archived as far as the tables go.
+    query_start, lengths, starts, *tables = step.where
+    everything = (query_start, lengths, torch.zeros_like(starts), *tables)
+    reference.archive_step(step.pages, *step.sources, *everything, EVERYTHING, codec)
+    offsets = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0)) + 2
+    total, longest = int(lengths.sum()), int(lengths.max())
+    outs = [
+        torch.full((total + 4, heads, head_dim), torch.nan, dtype=dtype, device=DEVICE)
+        for _ in range(4)
+    ]
+    args = (step.pages, *step.sources, *step.where, offsets, longest)
+    gather(*args, *outs[:2], codec)
+    reference.gather(*args, *outs[2:], codec)
+    for which, actual, wanted in zip("kv", outs[:2], outs[2:], strict=True):
+        assert_expanded(actual, wanted, codec, which)
+        assert actual[:2].isnan().all() and actual[total + 2 :].isnan().all()
+        assert not actual[2 : total + 2].isnan().any()
 
 
 def check_all() -> int:
     """Every case; returns the number of failures."""
     cases: list[tuple[Callable[..., None], tuple[object, ...]]] = []
+    cases += [(check_starts, (nulls,)) for nulls in (0, 1, 63, 64, 65, 200)]
     for (heads, dim), dtype in itertools.product(HEADS, DTYPES):
         cases += [(check_store, (n, heads, dim, dtype)) for n in COUNTS]
         for name in FORMATS:
             cases += [(check_archive, (name, n, heads, dim, dtype)) for n in (1, 17, 1000)]
-            cases.append((check_archive_decode, (name, heads, dim, dtype)))
+            cases.append((check_archive_graph, (name, heads, dim, dtype)))
             cases += [(check_gather, (name, n, heads, dim, dtype)) for n in (1, 63, 1000)]
     failed = 0
     for number, (check, args) in enumerate(cases):
@@ -195,95 +213,84 @@ def report(name: str, run: Callable[[], None], moved: int) -> str:
 
 def times(heads: int = 4, head_dim: int = 128) -> list[str]:
     """Rows of the table: what, microseconds, GB/s."""
-    rows = []
-    dtype = torch.bfloat16
-    raw = 4 * head_dim * heads  # bytes of one token's K and V
+    rows = store_times(heads, head_dim)
     for name in ("k8v8", "k8v4", "kv-mixed"):
-        codec = make_codec(name, head_dim, heads, dtype, DEVICE, BLOCK)
-        packed = codec.layout.content_bytes * heads
-        for tokens in (64, 8192):
-            blocks, raw_blocks = -(-tokens // BLOCK) + 1, -(-tokens // RAW_BLOCK) + 1
-            c = caches(codec, heads, raw_blocks, blocks, tokens, dtype)
-            index = torch.arange(tokens, device=DEVICE)
-            none = index[:0]
-            if name == "k8v8":
-                slots = index + RAW_BLOCK
-                run = lambda: store_raw(c.recent, c.key, c.value, slots)
-                rows.append(report(f"store, {tokens} tokens", run, 2 * raw * tokens))
-            slots_c = index + BLOCK
-            for source, old, new in (("recent", index, none), ("new", none, index)):
-                run = lambda: archive_listed(
-                    c.pages,
-                    c.recent,
-                    c.key,
-                    c.value,
-                    old,
-                    new,
-                    slots_c,
-                    codec,
-                )
-                label = f"archive {name}, {tokens} {source} tokens"
-                rows.append(report(label, run, (raw + packed) * tokens))
-        rows += decode_times(name, codec, heads, head_dim)
-        rows += gather_times(name, codec, heads, head_dim, raw, packed)
+        codec = make_codec(name, head_dim, heads, torch.bfloat16, DEVICE, BLOCK)
+        rows += archive_times(name, codec, heads)
+        rows += decode_times(name, codec, heads)
+        rows += gather_times(name, codec, heads)
     return rows
 
 
-def decode_times(name: str, codec: LayerCodec, heads: int, head_dim: int) -> list[str]:
+def raw_bytes(codec: LayerCodec, heads: int) -> int:
+    """Bytes of one token's raw K and V."""
+    return 4 * codec.layout.head_dim * heads
+
+
+def packed_bytes(codec: LayerCodec, heads: int) -> int:
+    """Bytes of one archived token."""
+    return codec.layout.content_bytes * heads
+
+
+def store_times(heads: int, head_dim: int) -> list[str]:
+    codec = make_codec("raw", head_dim, heads, torch.bfloat16, DEVICE, BLOCK)
+    rows = []
+    for tokens in (64, 8192):
+        step = make_step(codec, heads, [(0, tokens, 0)])
+        slots = torch.arange(tokens, device=DEVICE) + RAW_BLOCK
+        run = lambda: store_raw(step.recent, step.key, step.value, slots)
+        rows.append(report(f"store, {tokens} tokens", run, 2 * raw_bytes(codec, heads) * tokens))
+    return rows
+
+
+def archive_times(name: str, codec: LayerCodec, heads: int) -> list[str]:
+    """A prompt that is archived whole, and the same tokens from recent pages."""
+    rows = []
+    moved = raw_bytes(codec, heads) + packed_bytes(codec, heads)
+    for tokens in (64, 8192):
+        for source, sequence in (("new", (0, tokens, 0)), ("recent", (tokens, 0, 0))):
+            step = make_step(codec, heads, [sequence])
+            args = (step.pages, *step.sources, *step.where, EVERYTHING, codec)
+            run = lambda: archive(*args, max_new=tokens)
+            rows.append(report(f"archive {name}, {tokens} {source} tokens", run, moved * tokens))
+    return rows
+
+
+def decode_times(name: str, codec: LayerCodec, heads: int) -> list[str]:
     """A batch of 64 where nothing leaves the window, where one sequence, and where all do."""
     batch, length, align = 64, 1120, 160
     policy = Policy(512, 160, align)
-    tables = (
-        make_table([length // RAW_BLOCK] * batch, DEVICE),
-        make_table([length // BLOCK] * batch, DEVICE),
-    )
-    raw_blocks, blocks = (int(table.max()) + 1 for table in tables)
-    c = caches(codec, heads, raw_blocks, blocks, batch, torch.bfloat16)
-    lengths = torch.full((batch,), length, dtype=torch.int32, device=DEVICE)
-    token = (4 * head_dim + codec.layout.content_bytes) * heads
+    done = policy.boundary(length)
+    moved = raw_bytes(codec, heads) + packed_bytes(codec, heads)
     rows = []
     for busy in (0, 1, batch):
-        starts = torch.full_like(lengths, policy.boundary(length))
-        starts[:busy] -= align
-        run = lambda: archive_decode(
-            c.pages,
-            c.recent,
-            c.key,
-            c.value,
-            *tables,
-            lengths,
-            starts,
-            policy,
-            codec,
-        )
-        label = f"archive_decode {name}, {busy} of {batch} sequences"
-        rows.append(report(label, run, busy * align * token))
+        sequences = [(length - 1, 1, done - align * (i < busy)) for i in range(batch)]
+        step = make_step(codec, heads, sequences)
+        args = (step.pages, *step.sources, *step.where, policy, codec)
+        run = lambda: archive(*args)
+        label = f"archive {name}, decode, {busy} of {batch} sequences"
+        rows.append(report(label, run, busy * align * moved))
     return rows
 
 
-def gather_times(
-    name: str, codec: LayerCodec, heads: int, head_dim: int, raw: int, packed: int
-) -> list[str]:
-    """Eight sequences of 4,000 tokens."""
-    batch, count = 8, 4000
-    tables = (
-        make_table([-(-count // BLOCK)] * batch, DEVICE),
-        make_table([-(-count // RAW_BLOCK)] * batch, DEVICE),
-    )
-    blocks, raw_blocks = (int(table.max()) + 1 for table in tables)
-    c = caches(codec, heads, raw_blocks, blocks, 1, torch.bfloat16)
-    begins = torch.zeros(batch, dtype=torch.int32, device=DEVICE)
-    ends = begins + count
-    offsets = torch.arange(batch, dtype=torch.int32, device=DEVICE) * count
-    out_k, out_v = torch.empty(
-        2, batch * count, heads, head_dim, dtype=torch.bfloat16, device=DEVICE
-    )
-    where = (begins, ends, offsets, count, out_k, out_v)
-    run = lambda: gather_archived(c.pages, tables[0], *where, codec)
-    rows = [report(f"gather {name}, 8 x 4000 tokens", run, (raw + packed) * batch * count)]
-    if name == "k8v8":
-        run = lambda: gather_recent(c.recent, tables[1], *where)
-        rows.append(report("gather_recent, 8 x 4000 tokens", run, 2 * raw * batch * count))
+def gather_times(name: str, codec: LayerCodec, heads: int) -> list[str]:
+    """Sequences that are archived, or raw, up to their last 16 tokens."""
+    rows = []
+    raw, packed = raw_bytes(codec, heads), packed_bytes(codec, heads)
+    for batch, count in ((8, 4000), (1, 32000)):
+        for part, start, read in (("archived", count, packed), ("raw", 0, raw)):
+            if part == "raw" and name != "k8v8":
+                continue
+            step = make_step(codec, heads, [(count, 16, start)] * batch)
+            total = batch * (count + 16)
+            out = torch.empty(
+                2, total, heads, codec.layout.head_dim, dtype=codec.dtype, device=DEVICE
+            )
+            offsets = torch.arange(batch + 1, dtype=torch.int32, device=DEVICE) * (count + 16)
+            args = (step.pages, *step.sources, *step.where, offsets, count + 16, *out, codec)
+            run = lambda: gather(*args)
+            label = f"gather {name}, {batch} x {count} {part} tokens"
+            rows.append(report(label, run, (raw + read) * total))
     return rows
 
 

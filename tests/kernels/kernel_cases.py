@@ -5,10 +5,13 @@ from __future__ import annotations
 import torch
 
 from vllm_kvpca.codec.bands import Band
+from vllm_kvpca.kernels import reference
 from vllm_kvpca.kernels.layer_codec import LayerCodec
 from vllm_kvpca.pages.layout import ArchiveLayout
 
 Shares = list[tuple[float, int]]
+Sequences = list[tuple[int, int, int]]
+"""(computed tokens, new tokens, archived tokens) of each sequence before a step."""
 
 # (K's bands, K rotated, V's bands, V rotated); widths as shares of head_dim.
 FORMATS: dict[str, tuple[Shares, bool, Shares, bool]] = {
@@ -56,7 +59,9 @@ def random_tokens(
     return key, value
 
 
-def strided_cache(blocks: int, heads: int, *rest: int, dtype: torch.dtype, device="cpu", fill=0):
+def strided_cache(
+    blocks: int, heads: int, *rest: int, dtype: torch.dtype, device="cpu", fill: float = 0
+) -> torch.Tensor:
     """(blocks, heads, *rest) with room between the blocks and the heads."""
     return torch.full((blocks, heads + 1, *rest), fill, dtype=dtype, device=device)[:, :heads]
 
@@ -68,6 +73,28 @@ def make_table(rows: list[int], device="cpu") -> torch.Tensor:
     for row, part in zip(table, ids.split(rows), strict=True):
         row[: len(part)] = part
     return table.to(device)
+
+
+def step_tensors(sequences: Sequences, device="cpu") -> tuple[torch.Tensor, ...]:
+    """query_start, lengths and starts, each int32, as slices that begin at odd places."""
+    computed, new, start = torch.tensor([(0, 0, 0), *sequences], dtype=torch.int32).T
+    query_start = torch.nn.functional.pad(new.cumsum(0, dtype=torch.int32), (1, 0))
+    return tuple(
+        x[1:]
+        for x in (query_start.to(device), (computed + new).to(device), start.clone().to(device))
+    )
+
+
+def filled_recent(
+    blocks: int, heads: int, raw_block: int, head_dim: int, dtype: torch.dtype, device="cpu"
+) -> torch.Tensor:
+    """Recent pages of random tokens; the null block is NaN."""
+    recent = strided_cache(
+        blocks, heads, raw_block, 2 * head_dim, dtype=dtype, device=device, fill=float("nan")
+    )
+    key, value = random_tokens(blocks * raw_block, heads, head_dim, dtype, device)
+    reference.store(recent, key, value, torch.arange(blocks * raw_block, device=device))
+    return recent
 
 
 def assert_same_codes(
@@ -110,3 +137,27 @@ def assert_band_within_one(a: torch.Tensor, b: torch.Tensor, bits: int) -> None:
         assert int(difference.max()) <= 1
         # Ties are rare: a systematic error of one step must not pass as rounding.
         assert float(difference.float().mean()) < 0.01 + 2 / difference.numel()
+
+
+def assert_expanded(
+    actual: torch.Tensor, wanted: torch.Tensor, codec: LayerCodec, which: str
+) -> None:
+    """Rows of `gather` are equal; with a basis, up to what tf32 drops of it.
+
+    Without a basis there is one float32 product, rounded once. With one, tf32 changes an entry
+    by less than 2^-10 of it, so a component by less than 2^-10 of its vector's length, and
+    the result may round to the next number. Triton's interpreter multiplies in float32, but
+    truncates to bfloat16.
+    """
+    interpreted = actual.device.type == "cpu"
+    basis = codec.k_basis if which == "k" else codec.v_basis
+    exact = basis is None and not (interpreted and actual.dtype == torch.bfloat16)
+    if exact:
+        torch.testing.assert_close(actual, wanted, rtol=0, atol=0, equal_nan=True)
+        return
+    assert torch.equal(actual.isnan(), wanted.isnan())
+    want = wanted.float().nan_to_num()
+    near = 0.0 if basis is None else 1e-5 if interpreted else 2.0**-10
+    limit = torch.finfo(actual.dtype).eps * want.abs() + near * want.norm(dim=-1, keepdim=True)
+    excess = (actual.float().nan_to_num() - want).abs() - limit
+    assert float(excess.max()) <= 0, float(excess.max())

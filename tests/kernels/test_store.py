@@ -22,6 +22,7 @@ def test_tokens_reach_their_slots_and_nothing_else_changes(tokens, heads, head_d
     blocks = tokens // RAW_BLOCK + 3
     slots = (torch.randperm((blocks - 1) * RAW_BLOCK)[:tokens] + RAW_BLOCK).to(device)
     slots[::5] = -1
+    slots[1::5] = slots[1::5] % RAW_BLOCK  # the null block
     wanted, actual = (
         strided_cache(blocks, heads, RAW_BLOCK, 2 * head_dim, dtype=dtype, device=device, fill=7)
         for _ in range(2)
@@ -31,11 +32,21 @@ def test_tokens_reach_their_slots_and_nothing_else_changes(tokens, heads, head_d
     assert torch.equal(actual, wanted)
 
 
-def test_slot_minus_one_leaves_the_cache_untouched(device):
+@pytest.mark.parametrize("slot", [-1, 0, RAW_BLOCK - 1])
+def test_slots_of_no_block_leave_the_cache_untouched(slot, device):
+    """vLLM's slots of tokens without a raw block lie in the null block; the planner's are -1."""
     recent = torch.full((2, 1, RAW_BLOCK, 128), float("nan"), device=device).half()
     key, value = random_tokens(5, 1, 64, torch.float16, device)
-    kernel.store(recent, key, value, torch.full((5,), -1, device=device))
+    kernel.store(recent, key, value, torch.full((5,), slot, device=device))
+    reference.store(recent, key, value, torch.full((5,), slot, device=device))
     assert recent.isnan().all()
+
+
+def test_the_first_slot_after_the_null_block_is_written(device):
+    recent = torch.full((2, 1, RAW_BLOCK, 128), float("nan"), device=device).half()
+    key, value = random_tokens(1, 1, 64, torch.float16, device)
+    kernel.store(recent, key, value, torch.full((1,), RAW_BLOCK, device=device))
+    assert torch.equal(recent[1, :, 0], torch.cat([key[0], value[0]], -1))
 
 
 def test_no_tokens(device):

@@ -10,49 +10,22 @@ import random
 
 import pytest
 import torch
+from paged import (
+    ARCHIVE_BLOCK,
+    HEAD_DIM,
+    KV_HEADS,
+    RAW_BLOCK,
+    SCALE,
+    PagedSequence,
+    step_tokens,
+    table,
+)
 
 from vllm_kvpca.codec.policy import Policy
 from vllm_kvpca.kernels.layer_codec import LayerCodec
 from vllm_kvpca.preset import FORMATS, Preset
 from vllm_kvpca.serving.batch import StepInput, plan_step
 from vllm_kvpca.serving.step import StepTokens, run_step
-
-HEAD_DIM, KV_HEADS, GROUP = 64, 2, 3
-RAW_BLOCK, ARCHIVE_BLOCK = 32, 48
-
-
-class PagedSequence:
-    """One sequence with block tables as the managers hand them out."""
-
-    def __init__(self, total: int) -> None:
-        self.key, self.value = torch.randn(2, total, KV_HEADS, HEAD_DIM).bfloat16()
-        self.query = torch.randn(total, KV_HEADS * GROUP, HEAD_DIM).bfloat16()
-        self.computed = 0
-        self.recent: list[int] = []
-        self.archive: list[int] = []
-
-    def grow(self, new: int, policy: Policy, free: list[int]) -> None:
-        length = self.computed + new
-        archived = policy.boundary(length)
-        for row in range(len(self.recent), -(-length // RAW_BLOCK)):
-            self.recent.append(free.pop() if row >= archived // RAW_BLOCK else 0)
-        for _ in range(len(self.archive), -(-archived // ARCHIVE_BLOCK)):
-            self.archive.append(free.pop())
-
-    def expected(self, new: int) -> torch.Tensor:
-        """(new, heads, dim) float64: dense causal attention of the new tokens."""
-        length = self.computed + new
-        key = self.key[:length].double().repeat_interleave(GROUP, 1).transpose(0, 1)
-        value = self.value[:length].double().repeat_interleave(GROUP, 1).transpose(0, 1)
-        query = self.query[self.computed : length].double().transpose(0, 1)
-        scores = query @ key.transpose(1, 2) * 0.125
-        hidden = torch.ones(new, length).triu(self.computed + 1).bool()
-        return (scores.masked_fill(hidden, -1e300).softmax(-1) @ value).transpose(0, 1)
-
-
-def table(rows: list[list[int]]) -> torch.Tensor:
-    width = max(1, *(len(row) for row in rows)) + 2
-    return torch.tensor([row + [0] * (width - len(row)) for row in rows])
 
 
 def run(sequences, counts, policy, recent_pages, archive_pages, codec):
@@ -69,14 +42,10 @@ def run(sequences, counts, policy, recent_pages, archive_pages, codec):
             policy=policy,
         )
     )
-    spans = [slice(s.computed, s.computed + n) for s, n in zip(sequences, counts, strict=True)]
-    query, key, value = (
-        torch.cat([getattr(s, name)[span] for s, span in zip(sequences, spans, strict=True)])
-        for name in ("query", "key", "value")
-    )
+    query, key, value = step_tokens(sequences, counts)
     output = torch.full(query.shape, float("nan"))
     tokens = StepTokens(query, key, value, output)
-    run_step(step, tokens, recent_pages, archive_pages, codec, 0.125)
+    run_step(step, tokens, recent_pages, archive_pages, codec, SCALE)
     return output.split(counts)
 
 

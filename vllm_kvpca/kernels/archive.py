@@ -1,7 +1,7 @@
 """Archive: encode tokens that leave the window, and write them into archive pages.
 
-Two entry points over one tile body: `archive` takes lists of tokens that the host planned,
-`archive_decode` finds its tokens on the device, from a grid that does not depend on them.
+One entry point for every step: programs find their tokens on the device, from a grid that
+does not depend on them, so a launch of a decode step can be part of a CUDA graph.
 """
 # Triton reads annotations of kernel parameters, so only tl.constexpr is annotated.
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -15,10 +15,13 @@ import triton.language as tl
 from vllm_kvpca.codec.policy import Policy
 from vllm_kvpca.kernels.band_table import check_last_dim, layout_constants
 from vllm_kvpca.kernels.layer_codec import LayerCodec
+from vllm_kvpca.kernels.starts import boundary
 
 TILE_TOKENS = 32
 DECODE_TILES = 4
 """Programs for each sequence, head and tensor in a decode step; they loop if work remains."""
+MAX_TILES = 64
+"""The most in any step: prompts of 2,000 tokens and more fill a GPU anyway."""
 
 
 def archive(
@@ -26,119 +29,97 @@ def archive(
     recent: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    recent_slots: torch.Tensor,
-    new_tokens: torch.Tensor,
-    slots: torch.Tensor,
+    query_start: torch.Tensor,
+    lengths: torch.Tensor,
+    starts: torch.Tensor,
+    recent_table: torch.Tensor,
+    archive_table: torch.Tensor,
+    policy: Policy,
     codec: LayerCodec,
+    max_new: int = 1,
 ) -> None:
-    """Archive listed tokens; the reference is `reference.archive_work`.
+    """Archive what leaves the window in a step; the reference is `reference.archive_step`.
+
+    Sequence i has new_i = query_start[i + 1] - query_start[i] new tokens after computed_i =
+    lengths[i] - new_i others. It archives [starts[i], policy.boundary(lengths[i])): positions
+    below computed_i from recent pages, the others from key and value.
 
     Args:
         pages: (blocks, kv_heads, head_bytes) uint8.
         recent: (blocks, kv_heads, raw_block, 2 * head_dim) in the model's dtype.
-        key, value: (tokens, kv_heads, head_dim), this step's new tokens.
-        recent_slots: (a,) source slots in recent pages.
-        new_tokens: (b,) source indices among the new tokens.
-        slots: (a + b,) destinations, first those of recent_slots; -1 writes nothing.
-            Index tensors are int32 or int64.
-    """
-    check_last_dim(pages=pages, recent=recent, key=key, value=value)
-    if not len(slots):
-        return
-    grid = (triton.cdiv(len(slots), TILE_TOKENS), 2 * key.shape[1])
-    _archive_kernel[grid](
-        *_tensors(pages, recent, key, value, codec),
-        recent_slots,
-        new_tokens,
-        slots,
-        len(recent_slots),
-        len(slots),
-        **_constants(recent, key, codec),
-    )
-
-
-def archive_decode(
-    pages: torch.Tensor,
-    recent: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    recent_table: torch.Tensor,
-    archive_table: torch.Tensor,
-    lengths: torch.Tensor,
-    starts: torch.Tensor,
-    policy: Policy,
-    codec: LayerCodec,
-) -> None:
-    """Archive what leaves the window when every sequence grows by one token.
-
-    Sequence i archives [starts[i], policy.boundary(lengths[i])). All of it is read on the
-    device and the grid is fixed by the batch, so the launch can be part of a CUDA graph.
-    The reference is `reference.archive_decode`.
-
-    Args:
-        pages, recent: as in `archive`.
-        key, value: (batch or more, kv_heads, head_dim): row i is sequence i's new token, at
-            position lengths[i] - 1.
-        recent_table, archive_table: (batch, width) int32 block ids by position in the
-            sequence; tokens of the null block 0 are passed over.
-        lengths: (batch,) int32 tokens including the new one; 0 is a padding row.
+        key, value: (tokens, kv_heads, head_dim), the step's new tokens.
+        query_start: (batch + 1,) int32 first new token of each sequence.
+        lengths: (batch,) int32 computed plus new tokens; 0 in padding rows.
         starts: (batch,) int32 tokens that are archived already.
+        recent_table, archive_table: (batch, width) int32 block ids by position in the
+            sequence; tokens from or to the null block 0 are passed over.
+        max_new: about the most new tokens of one sequence. It sizes the grid only.
     """
     check_last_dim(pages=pages, recent=recent, key=key, value=value)
     check_last_dim(recent_table=recent_table, archive_table=archive_table)
     if not len(lengths):
         return
-    grid = (DECODE_TILES, 2 * key.shape[1], len(lengths))
-    _archive_decode_kernel[grid](
-        *_tensors(pages, recent, key, value, codec),
-        recent_table,
-        archive_table,
+    grid = (_tiles(max_new, policy), 2 * key.shape[1], len(lengths))
+    head_dim = key.shape[2]
+    _archive_kernel[grid](
+        pages,
+        recent,
+        key,
+        value,
+        _checked(codec.k_basis),
+        _checked(codec.v_basis),
+        (
+            *pages.stride()[:2],
+            *recent.stride()[:3],
+            *key.stride()[:2],
+            *value.stride()[:2],
+        ),
+        query_start,
         lengths,
         starts,
+        recent_table,
+        archive_table,
         recent_table.stride(0),
         archive_table.stride(0),
         COMPRESS_AFTER=policy.compress_after,
         KEEP_RECENT=policy.keep_recent,
         ALIGN=policy.align,
-        TILES=DECODE_TILES,
-        **_constants(recent, key, codec),
-    )
-
-
-def _tensors(
-    pages: torch.Tensor,
-    recent: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    codec: LayerCodec,
-) -> tuple[object, ...]:
-    """Leading arguments of both kernels."""
-    for basis in (codec.k_basis, codec.v_basis):
-        if basis is not None and not (basis.is_contiguous() and basis.dtype == torch.float32):
-            raise ValueError("a basis must be contiguous float32.")
-    strides = (
-        *pages.stride()[:2],
-        *recent.stride()[:3],
-        *key.stride()[:2],
-        *value.stride()[:2],
-    )
-    return (pages, recent, key, value, codec.k_basis, codec.v_basis, strides)
-
-
-def _constants(recent: torch.Tensor, key: torch.Tensor, codec: LayerCodec) -> dict[str, object]:
-    head_dim = key.shape[2]
-    return {
-        "RAW_BLOCK": recent.shape[2],
-        "HEAD_DIM": head_dim,
-        "CHUNK": 32 if head_dim % 32 == 0 else 16,
-        "TILE": TILE_TOKENS,
-        "num_warps": 4 if head_dim <= 128 else 8,
+        RAW_BLOCK=recent.shape[2],
+        HEAD_DIM=head_dim,
+        CHUNK=32 if head_dim % 32 == 0 else 16,
+        TILE=TILE_TOKENS,
+        num_warps=4 if head_dim <= 128 else 8,
         **layout_constants(codec.layout),
-    }
+    )
 
 
-# The numbers of tokens change with every step: specializing on them would compile anew.
-@triton.jit(do_not_specialize=["num_recent", "num_tokens"])
+def _tiles(max_new: int, policy: Policy) -> int:
+    """Programs for each sequence, head and tensor."""
+    if max_new == 1:
+        return DECODE_TILES
+    # As a rule a step archives its new tokens' number, give or take one alignment.
+    return min(MAX_TILES, triton.cdiv(max_new + policy.align, TILE_TOKENS))
+
+
+def _checked(basis: torch.Tensor | None) -> torch.Tensor | None:
+    if basis is not None and not (basis.is_contiguous() and basis.dtype == torch.float32):
+        raise ValueError("a basis must be contiguous float32.")
+    return basis
+
+
+# Slices of a batch's tensors start anywhere, and tables have any width: specializing on that
+# would compile anew.
+@triton.jit(
+    do_not_specialize=[
+        "query_start",
+        "lengths",
+        "starts",
+        "recent_table",
+        "archive_table",
+        "recent_table_stride",
+        "archive_table_stride",
+    ]
+)
 def _archive_kernel(
     pages,
     recent,
@@ -147,76 +128,16 @@ def _archive_kernel(
     k_basis,
     v_basis,
     strides,
-    recent_slots,
-    new_tokens,
-    slots,
-    num_recent,
-    num_tokens,
-    RAW_BLOCK: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    CHUNK: tl.constexpr,
-    TILE: tl.constexpr,
-    K_CODES: tl.constexpr,
-    K_SCALES: tl.constexpr,
-    K_BANDS: tl.constexpr,
-    V_CODES: tl.constexpr,
-    V_SCALES: tl.constexpr,
-    V_BANDS: tl.constexpr,
-    ARCHIVE_BLOCK: tl.constexpr,
-):
-    """One tile of listed tokens, for one head of K or V. Byte map: `_archive_tile`."""
-    index = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    is_old = index < num_recent
-    is_new = (index >= num_recent) & (index < num_tokens)
-    slot = tl.load(slots + index, mask=index < num_tokens, other=-1).to(tl.int64)
-    source = tl.load(recent_slots + index, mask=is_old & (slot >= 0), other=0).to(tl.int64)
-    token = tl.load(new_tokens + index - num_recent, mask=is_new & (slot >= 0), other=0)
-    _archive_tile(
-        pages,
-        recent,
-        key,
-        value,
-        k_basis,
-        v_basis,
-        strides,
-        source // RAW_BLOCK,
-        source % RAW_BLOCK,
-        token.to(tl.int64),
-        is_new,
-        slot // ARCHIVE_BLOCK,
-        slot % ARCHIVE_BLOCK,
-        slot >= 0,
-        HEAD_DIM,
-        CHUNK,
-        TILE,
-        K_CODES,
-        K_SCALES,
-        K_BANDS,
-        V_CODES,
-        V_SCALES,
-        V_BANDS,
-    )
-
-
-@triton.jit
-def _archive_decode_kernel(
-    pages,
-    recent,
-    key,
-    value,
-    k_basis,
-    v_basis,
-    strides,
-    recent_table,
-    archive_table,
+    query_start,
     lengths,
     starts,
+    recent_table,
+    archive_table,
     recent_table_stride,
     archive_table_stride,
     COMPRESS_AFTER: tl.constexpr,
     KEEP_RECENT: tl.constexpr,
     ALIGN: tl.constexpr,
-    TILES: tl.constexpr,
     RAW_BLOCK: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -229,24 +150,24 @@ def _archive_decode_kernel(
     V_BANDS: tl.constexpr,
     ARCHIVE_BLOCK: tl.constexpr,
 ):
-    """Every TILES-th tile of one sequence's [start, boundary), for one head of K or V.
+    """Every num_programs(0)-th tile of one sequence's [start, boundary), for one head of K or V.
 
-    Most steps archive nothing: then the loop has no iteration. Byte map: `_archive_tile`.
+    Most decode steps archive nothing: then the loop has no iteration. Byte map: `_archive_tile`.
     """
     sequence = tl.program_id(2).to(tl.int64)
     length = tl.load(lengths + sequence)
     start = tl.load(starts + sequence)
-    # policy.boundary: length > COMPRESS_AFTER >= KEEP_RECENT, so nothing here is negative.
-    end = tl.where(length > COMPRESS_AFTER, (length - KEEP_RECENT) // ALIGN * ALIGN, 0)
+    first_token = tl.load(query_start + sequence)
+    computed = length - (tl.load(query_start + sequence + 1) - first_token)
+    end = boundary(length, COMPRESS_AFTER, KEEP_RECENT, ALIGN)
     recent_row = recent_table + sequence * recent_table_stride
     archive_row = archive_table + sequence * archive_table_stride
-    for first in range(start + tl.program_id(0) * TILE, end, TILES * TILE):
+    for first in range(start + tl.program_id(0) * TILE, end, tl.num_programs(0) * TILE):
         position = first + tl.arange(0, TILE)
         inside = position < end
-        is_new = position == length - 1
-        is_old = inside & (position < length - 1)
+        is_new = position >= computed
         target = tl.load(archive_row + position // ARCHIVE_BLOCK, mask=inside, other=0)
-        source = tl.load(recent_row + position // RAW_BLOCK, mask=is_old, other=0)
+        source = tl.load(recent_row + position // RAW_BLOCK, mask=inside & ~is_new, other=0)
         # Block 0 is the null block: nothing is read from it and nothing written to it.
         valid = (target > 0) & (is_new | (source > 0))
         _archive_tile(
@@ -259,7 +180,7 @@ def _archive_decode_kernel(
             strides,
             source.to(tl.int64),
             position % RAW_BLOCK,
-            tl.full((TILE,), 0, tl.int64) + sequence,
+            (first_token + position - computed).to(tl.int64),
             is_new,
             target.to(tl.int64),
             position % ARCHIVE_BLOCK,

@@ -1,4 +1,7 @@
-"""Gather: expand archived or recent tokens into a workspace for prefill attention."""
+"""Gather: expand whole sequences, in head space, into a workspace for prefill attention.
+
+One kernel expands what is archived, one copies what is raw: recent and new tokens.
+"""
 # Triton reads annotations of kernel parameters, so only tl.constexpr is annotated.
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
@@ -11,117 +14,117 @@ import triton.language as tl
 from vllm_kvpca.kernels.band_table import check_last_dim, layout_constants
 from vllm_kvpca.kernels.layer_codec import LayerCodec
 
-TILE_TOKENS = 32
+ARCHIVE_TILE = 64
+"""Archived tokens of one program: they share one pass over the basis, which stays in L2."""
+RAW_TILE = 32
+BASIS_CELLS = 4096
+"""Cells of the basis in one product: 16 KiB, a few of which fit into shared memory."""
 
 
 def gather(
     pages: torch.Tensor,
+    recent: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    query_start: torch.Tensor,
+    lengths: torch.Tensor,
+    starts: torch.Tensor,
+    recent_table: torch.Tensor,
     archive_table: torch.Tensor,
-    begins: torch.Tensor,
-    ends: torch.Tensor,
     offsets: torch.Tensor,
-    max_tokens: int,
+    max_length: int,
     out_k: torch.Tensor,
     out_v: torch.Tensor,
     codec: LayerCodec,
 ) -> None:
-    """Expand archived tokens, K and V each in its component space.
+    """K and V of whole sequences, one after another; the reference is `reference.gather`.
 
-    Component j lands in column j, zero where its band has 0 bits: the caller rotates the
-    query with the whole k_basis and multiplies the output by the whole v_basis^T. The
-    reference is `reference.gather`.
+    Sequence i fills rows [offsets[i], offsets[i] + lengths[i]): positions [0, starts[i]) from
+    the archive, then recent tokens up to computed_i = lengths[i] - its new tokens, then those.
 
     Args:
         pages: (blocks, kv_heads, head_bytes) uint8.
-        archive_table: (batch, width) int32 block ids by position in the sequence.
-        begins, ends: (batch,) int32; sequence i's tokens are [begins[i], ends[i]).
-        offsets: (batch,) or more int32; they go to rows offsets[i] and following. A list of
-            cumulated counts does.
-        max_tokens: about the most tokens of one sequence. It sizes the grid only: longer
-            sequences are served too.
+        recent: (blocks, kv_heads, raw_block, 2 * head_dim) in the model's dtype.
+        key, value: (tokens, kv_heads, head_dim), new tokens of the whole step.
+        query_start: (batch + 1,) int32 first new token of each sequence, a row of key.
+        lengths: (batch,) int32 computed plus new tokens.
+        starts: (batch,) int32 archived tokens; never more than are computed.
+        recent_table, archive_table: (batch, width) int32 block ids by position in the
+            sequence.
+        offsets: (batch,) or more int32.
+        max_length: no sequence is longer.
         out_k, out_v: (rows, kv_heads, head_dim) in the model's dtype; other rows are left
             as they are.
     """
-    check_last_dim(pages=pages, archive_table=archive_table, out_k=out_k, out_v=out_v)
-    if not max_tokens:
+    check_last_dim(pages=pages, recent=recent, key=key, value=value, out_k=out_k, out_v=out_v)
+    check_last_dim(recent_table=recent_table, archive_table=archive_table)
+    if not (len(lengths) and max_length):
         return
-    tiles = triton.cdiv(max_tokens, TILE_TOKENS)
-    grid = (tiles, 2 * out_k.shape[1], len(begins))
-    _gather_kernel[grid](
+    heads, head_dim = key.shape[1:]
+    width = triton.next_power_of_2(head_dim)
+    out = (out_k, out_v, (*out_k.stride()[:2], *out_v.stride()[:2]))
+    _gather_archive_kernel[(triton.cdiv(max_length, ARCHIVE_TILE), 2 * heads, len(lengths))](
         pages,
+        _checked(codec.k_basis),
+        _checked(codec.v_basis),
+        starts,
         archive_table,
-        begins,
-        ends,
         offsets,
-        out_k,
-        out_v,
+        *out,
         *pages.stride()[:2],
         archive_table.stride(0),
-        *out_k.stride()[:2],
-        *out_v.stride()[:2],
-        TILE=TILE_TOKENS,
+        HEAD_DIM=head_dim,
+        WIDTH=width,
+        CHUNK=min(32, BASIS_CELLS // width),
+        TILE=ARCHIVE_TILE,
+        num_warps=4 if head_dim <= 128 else 8,
+        num_stages=2,
         **layout_constants(codec.layout),
     )
-
-
-def gather_recent(
-    recent: torch.Tensor,
-    recent_table: torch.Tensor,
-    begins: torch.Tensor,
-    ends: torch.Tensor,
-    offsets: torch.Tensor,
-    max_tokens: int,
-    out_k: torch.Tensor,
-    out_v: torch.Tensor,
-) -> None:
-    """Copy raw tokens; the reference is `reference.gather_recent`.
-
-    Args:
-        recent: (blocks, kv_heads, raw_block, 2 * head_dim).
-        recent_table: (batch, width) int32 block ids by position in the sequence.
-        Others: as in `gather`.
-    """
-    check_last_dim(recent=recent, recent_table=recent_table, out_k=out_k, out_v=out_v)
-    if not max_tokens:
-        return
-    head_dim = out_k.shape[2]
-    tiles = triton.cdiv(max_tokens, TILE_TOKENS)
-    grid = (tiles, out_k.shape[1], len(begins))
-    _gather_recent_kernel[grid](
+    _gather_raw_kernel[(triton.cdiv(max_length, RAW_TILE), heads, len(lengths))](
         recent,
+        key,
+        value,
+        query_start,
+        lengths,
+        starts,
         recent_table,
-        begins,
-        ends,
         offsets,
-        out_k,
-        out_v,
-        *recent.stride()[:3],
+        *out,
+        (*recent.stride()[:3], *key.stride()[:2], *value.stride()[:2]),
         recent_table.stride(0),
-        *out_k.stride()[:2],
-        *out_v.stride()[:2],
         RAW_BLOCK=recent.shape[2],
         HEAD_DIM=head_dim,
-        WIDTH=triton.next_power_of_2(head_dim),
-        TILE=TILE_TOKENS,
+        WIDTH=width,
+        TILE=RAW_TILE,
     )
 
 
-@triton.jit
-def _gather_kernel(
+def _checked(basis: torch.Tensor | None) -> torch.Tensor | None:
+    if basis is not None and not (basis.is_contiguous() and basis.dtype == torch.float32):
+        raise ValueError("a basis must be contiguous float32.")
+    return basis
+
+
+# Slices of a batch's tensors start anywhere, and tables have any width: specializing on that
+# would compile anew.
+@triton.jit(do_not_specialize=["starts", "table", "offsets", "table_stride"])
+def _gather_archive_kernel(
     pages,
+    k_basis,
+    v_basis,
+    starts,
     table,
-    begins,
-    ends,
     offsets,
     out_k,
     out_v,
+    out_strides,
     page_block_stride,
     page_head_stride,
     table_stride,
-    k_token_stride,
-    k_head_stride,
-    v_token_stride,
-    v_head_stride,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHUNK: tl.constexpr,
     TILE: tl.constexpr,
     K_CODES: tl.constexpr,
     K_SCALES: tl.constexpr,
@@ -131,7 +134,7 @@ def _gather_kernel(
     V_BANDS: tl.constexpr,
     ARCHIVE_BLOCK: tl.constexpr,
 ):
-    """Expand tiles of one sequence, for one head of K or V: program_id(1) = 2 * head (+ 1).
+    """Expand one tile of one sequence, for one head of K or V: program_id(1) = 2 * head (+ 1).
 
     Byte map of one head of a page (N tokens; offsets and widths are pages.layout's):
 
@@ -142,93 +145,49 @@ def _gather_kernel(
     """
     sequence = tl.program_id(2).to(tl.int64)
     head = (tl.program_id(1) // 2).to(tl.int64)
-    begin = tl.load(begins + sequence)
-    end = tl.load(ends + sequence)
-    offset = tl.load(offsets + sequence).to(tl.int64)
-    row = table + sequence * table_stride
-    heads = pages + head * page_head_stride
-    for first in range(begin + tl.program_id(0) * TILE, end, tl.num_programs(0) * TILE):
+    end = tl.load(starts + sequence)
+    first = tl.program_id(0) * TILE
+    if first < end:
         position = first + tl.arange(0, TILE)
         valid = position < end
+        row = table + sequence * table_stride
         block = tl.load(row + position // ARCHIVE_BLOCK, mask=valid, other=0).to(tl.int64)
         token = position % ARCHIVE_BLOCK
-        page = heads + block * page_block_stride
-        target = offset + (position - begin)
+        page = pages + head * page_head_stride + block * page_block_stride
+        target = tl.load(offsets + sequence).to(tl.int64) + position
         if tl.program_id(1) % 2 == 0:
-            out = out_k + target * k_token_stride + head * k_head_stride
-            _expand(page, token, valid, out, K_CODES, K_SCALES, K_BANDS)
+            out = out_k + target * out_strides[0] + head * out_strides[1]
+            codes = page + K_CODES[0] + token * K_CODES[1]
+            scales = (page + K_SCALES[0] + token * K_SCALES[1]).to(tl.pointer_type(tl.bfloat16))
+            if k_basis is None:
+                _expand(codes, scales, valid, out, K_BANDS)
+            else:
+                basis = k_basis + head * HEAD_DIM * HEAD_DIM
+                _rotate(codes, scales, valid, out, basis, HEAD_DIM, WIDTH, CHUNK, TILE, K_BANDS)
         else:
-            out = out_v + target * v_token_stride + head * v_head_stride
-            _expand(page, token, valid, out, V_CODES, V_SCALES, V_BANDS)
+            out = out_v + target * out_strides[2] + head * out_strides[3]
+            codes = page + V_CODES[0] + token * V_CODES[1]
+            scales = (page + V_SCALES[0] + token * V_SCALES[1]).to(tl.pointer_type(tl.bfloat16))
+            if v_basis is None:
+                _expand(codes, scales, valid, out, V_BANDS)
+            else:
+                basis = v_basis + head * HEAD_DIM * HEAD_DIM
+                _rotate(codes, scales, valid, out, basis, HEAD_DIM, WIDTH, CHUNK, TILE, V_BANDS)
 
 
 @triton.jit
-def _gather_recent_kernel(
-    recent,
-    table,
-    begins,
-    ends,
-    offsets,
-    out_k,
-    out_v,
-    recent_block_stride,
-    recent_head_stride,
-    recent_token_stride,
-    table_stride,
-    k_token_stride,
-    k_head_stride,
-    v_token_stride,
-    v_head_stride,
-    RAW_BLOCK: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """Copy tiles of one sequence, for one head. A recent token is K, then V, contiguous."""
-    sequence = tl.program_id(2).to(tl.int64)
-    head = tl.program_id(1).to(tl.int64)
-    begin = tl.load(begins + sequence)
-    end = tl.load(ends + sequence)
-    offset = tl.load(offsets + sequence).to(tl.int64)
-    row = table + sequence * table_stride
-    heads = recent + head * recent_head_stride
-    column = tl.arange(0, WIDTH)[None, :]
-    for first in range(begin + tl.program_id(0) * TILE, end, tl.num_programs(0) * TILE):
-        position = first + tl.arange(0, TILE)
-        valid = position < end
-        block = tl.load(row + position // RAW_BLOCK, mask=valid, other=0).to(tl.int64)
-        token = (position % RAW_BLOCK).to(tl.int64)
-        source = heads + block * recent_block_stride + token * recent_token_stride
-        target = offset + (position - begin)
-        mask = valid[:, None] & (column < HEAD_DIM)
-        k = tl.load(source[:, None] + column, mask=mask)
-        v = tl.load(source[:, None] + HEAD_DIM + column, mask=mask)
-        k_row = out_k + target * k_token_stride + head * k_head_stride
-        v_row = out_v + target * v_token_stride + head * v_head_stride
-        tl.store(k_row[:, None] + column, k.to(out_k.dtype.element_ty), mask=mask)
-        tl.store(v_row[:, None] + column, v.to(out_v.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _expand(
-    page,
-    token,
-    valid,
-    out,
-    CODES: tl.constexpr,
-    SCALES: tl.constexpr,
-    BANDS: tl.constexpr,
-):
-    """Dequantize a tile, band by band, and write it to the rows `out`."""
-    codes = page + CODES[0] + token * CODES[1]
-    scales = (page + SCALES[0] + token * SCALES[1]).to(tl.pointer_type(tl.bfloat16))
+def _expand(codes, scales, valid, out, BANDS: tl.constexpr):
+    """Dequantize a tile whose components are the head vector's own."""
     for i in tl.static_range(len(BANDS)):
         _expand_band(codes, scales, valid, out, BANDS, i)
 
 
 @triton.jit
 def _expand_band(codes, scales, valid, out, BANDS: tl.constexpr, INDEX: tl.constexpr):
-    """Expand band INDEX (a row of `band_table`): float32 products, rounded once to out's dtype."""
+    """Expand band INDEX (a row of `band_table`): float32 products, rounded once to out's dtype.
+
+    The whole table is passed because Triton 3.6 does not take one row of it as an argument.
+    """
     bits: tl.constexpr = BANDS[INDEX][0]
     width: tl.constexpr = BANDS[INDEX][1]
     # What one load of codes fills: a nibble band is two runs of half its width.
@@ -254,3 +213,151 @@ def _expand_band(codes, scales, valid, out, BANDS: tl.constexpr, INDEX: tl.const
             high = ((code >> 4).to(tl.float32) - 8.0) * scale
             tl.store(target, low.to(kind), mask=mask)
             tl.store(target + run, high.to(kind), mask=mask)
+
+
+@triton.jit
+def _rotate(
+    codes,
+    scales,
+    valid,
+    out,
+    basis,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHUNK: tl.constexpr,
+    TILE: tl.constexpr,
+    BANDS: tl.constexpr,
+):
+    """Dequantize a tile and multiply it by B^T: head vectors, rounded once to out's dtype."""
+    acc = tl.zeros((TILE, WIDTH), tl.float32)
+    for i in tl.static_range(len(BANDS)):
+        if BANDS[i][0] > 0:
+            part = _rotate_band(
+                codes, valid, basis, out.dtype.element_ty, HEAD_DIM, WIDTH, CHUNK, TILE, BANDS, i
+            )
+            if BANDS[i][0] < 16:
+                scale = tl.load(scales + BANDS[i][4], mask=valid, other=0.0)
+                part *= scale.to(tl.float32)[:, None]
+            acc += part
+    column = tl.arange(0, WIDTH)[None, :]
+    mask = valid[:, None] & (column < HEAD_DIM)
+    tl.store(out[:, None] + column, acc.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _rotate_band(
+    codes,
+    valid,
+    basis,
+    kind: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHUNK: tl.constexpr,
+    TILE: tl.constexpr,
+    BANDS: tl.constexpr,
+    INDEX: tl.constexpr,
+):
+    """codes @ (band's columns of B)^T, (TILE, WIDTH) float32, without the scale.
+
+    Products are tf32: codes of 8 bits and values of 16 are exact in it, and what it drops of
+    B (below 2^-10 of an entry) is of the order of the result's rounding to bfloat16 or
+    float16. Three products for all of B's bits would cost more than the memory traffic.
+    """
+    bits: tl.constexpr = BANDS[INDEX][0]
+    width: tl.constexpr = BANDS[INDEX][1]
+    # What one load of codes fills: a nibble band is two runs of half its width.
+    run: tl.constexpr = width // 2 if bits == 4 else width
+    source = codes[:, None] + BANDS[INDEX][3]
+    columns = basis + BANDS[INDEX][2]
+    part = tl.zeros((TILE, WIDTH), tl.float32)
+    for first in range(0, run, CHUNK):
+        j = first + tl.arange(0, CHUNK)
+        exists = j < run
+        mask = valid[:, None] & exists[None, :]
+        b = _basis_chunk(columns, j, exists, HEAD_DIM, WIDTH)
+        if bits == 16:
+            x = tl.load(source.to(tl.pointer_type(kind)) + j[None, :], mask=mask, other=0.0)
+            part = tl.dot(x.to(tl.float32), b, part, input_precision="tf32")
+        elif bits == 8:
+            code = tl.load(source + j[None, :], mask=mask, other=0)
+            x = code.to(tl.int8, bitcast=True).to(tl.float32)
+            part = tl.dot(x, b, part, input_precision="tf32")
+        else:
+            # 0x88 is the code 0 twice; one load serves both halves of the band.
+            code = tl.load(source + j[None, :], mask=mask, other=0x88)
+            low = (code & 15).to(tl.float32) - 8.0
+            high = (code >> 4).to(tl.float32) - 8.0
+            part = tl.dot(low, b, part, input_precision="tf32")
+            b = _basis_chunk(columns + run, j, exists, HEAD_DIM, WIDTH)
+            part = tl.dot(high, b, part, input_precision="tf32")
+    return part
+
+
+@triton.jit
+def _basis_chunk(columns, j, exists, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """B^T[j, :]: (CHUNK, WIDTH), zero past the head and past the band."""
+    row = tl.arange(0, WIDTH)
+    cells = columns + row[:, None] * HEAD_DIM + j[None, :]
+    mask = (row < HEAD_DIM)[:, None] & exists[None, :]
+    return tl.trans(tl.load(cells, mask=mask, other=0.0))
+
+
+@triton.jit(
+    do_not_specialize=["query_start", "lengths", "starts", "table", "offsets", "table_stride"]
+)
+def _gather_raw_kernel(
+    recent,
+    key,
+    value,
+    query_start,
+    lengths,
+    starts,
+    table,
+    offsets,
+    out_k,
+    out_v,
+    out_strides,
+    strides,
+    table_stride,
+    RAW_BLOCK: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Copy one tile of one sequence's [start, length), for one head.
+
+    A recent token of a head is K[HEAD_DIM], then V[HEAD_DIM], contiguous.
+    """
+    sequence = tl.program_id(2).to(tl.int64)
+    head = tl.program_id(1).to(tl.int64)
+    end = tl.load(lengths + sequence)
+    first = tl.load(starts + sequence) + tl.program_id(0) * TILE
+    if first < end:
+        first_token = tl.load(query_start + sequence)
+        computed = end - (tl.load(query_start + sequence + 1) - first_token)
+        position = first + tl.arange(0, TILE)
+        is_old = position < computed
+        row = table + sequence * table_stride
+        block = tl.load(row + position // RAW_BLOCK, mask=is_old, other=0).to(tl.int64)
+        old = recent + block * strides[0] + head * strides[1]
+        old += (position % RAW_BLOCK).to(tl.int64) * strides[2]
+        token = (first_token + position - computed).to(tl.int64)
+        new_k = key + token * strides[3] + head * strides[4]
+        new_v = value + token * strides[5] + head * strides[6]
+        is_new = (position >= computed) & (position < end)
+        target = tl.load(offsets + sequence).to(tl.int64) + position
+        out = out_k + target * out_strides[0] + head * out_strides[1]
+        _copy(old, new_k, is_old, is_new, out, HEAD_DIM, WIDTH)
+        out = out_v + target * out_strides[2] + head * out_strides[3]
+        _copy(old + HEAD_DIM, new_v, is_old, is_new, out, HEAD_DIM, WIDTH)
+
+
+@triton.jit
+def _copy(old, new, is_old, is_new, out, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """Rows of head_dim elements, each from where it is."""
+    column = tl.arange(0, WIDTH)[None, :]
+    exists = column < HEAD_DIM
+    x = tl.load(old[:, None] + column, mask=is_old[:, None] & exists, other=0.0)
+    y = tl.load(new[:, None] + column, mask=is_new[:, None] & exists, other=0.0)
+    x = tl.where(is_new[:, None], y, x)
+    tl.store(out[:, None] + column, x, mask=(is_old | is_new)[:, None] & exists)

@@ -45,6 +45,23 @@ class LayerCodec:
         """Stored components in float32: (..., stored_width)."""
         return decode_bands(codes, scales, self.bands(which), raw_dtype=self.dtype)
 
+    def restore(self, x: torch.Tensor, which: str) -> torch.Tensor:
+        """Head vectors of decoded components, zero where a band has 0 bits.
+
+        Args:
+            x: (tokens, kv_heads, stored_width) float32.
+
+        Returns:
+            (tokens, kv_heads, head_dim).
+        """
+        basis = self.k_basis if which == "k" else self.v_basis
+        kept = stored_components(self.bands(which), x.device)
+        if basis is not None:
+            return torch.einsum("thc,hdc->thd", x, basis[..., kept])
+        out = x.new_zeros(*x.shape[:-1], self.layout.head_dim)
+        out[..., kept] = x
+        return out
+
     def bands(self, which: str) -> tuple[Band, ...]:
         return self.layout.k_bands if which == "k" else self.layout.v_bands
 

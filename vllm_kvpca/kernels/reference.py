@@ -1,6 +1,7 @@
 """The kernels in plain torch: exact in what they compute, batched, on any device.
 
 Slots address tokens in a cache: slot = block * block_size + offset; -1 means "nowhere".
+Block 0 is the null block: it belongs to nobody.
 Grouped query heads are folded into rows: (batch, kv_heads, tokens * group, head_dim), so a
 KV head is read once for all its query heads.
 """
@@ -36,9 +37,10 @@ def store(
     Args:
         recent: (blocks, kv_heads, raw_block, 2 * head_dim) in the model's dtype.
         key, value: (tokens, kv_heads, head_dim).
-        slots: (tokens,) int64; -1 leaves the cache untouched.
+        slots: (tokens,) int64; one in the null block 0 (or below) is nowhere, because vLLM
+            maps tokens without a raw block there.
     """
-    keep = slots >= 0
+    keep = slots >= recent.shape[2]
     slots = slots[keep]
     block, offset = slots // recent.shape[2], slots % recent.shape[2]
     recent[block, :, offset] = torch.cat([key[keep], value[keep]], -1).to(recent.dtype)
@@ -79,52 +81,33 @@ def archive(
             layout.scales(pages, scales_at)[block, :, offset] = scales
 
 
-def archive_work(
+def archive_step(
     pages: torch.Tensor,
     recent: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    recent_slots: torch.Tensor,
-    new_tokens: torch.Tensor,
-    slots: torch.Tensor,
-    codec: LayerCodec,
-) -> None:
-    """Archive tokens from recent pages and from this step's K and V: kernels.archive.archive."""
-    old_key, old_value = load_recent(recent, recent_slots.long())
-    archive(
-        pages,
-        torch.cat([old_key, key[new_tokens.long()]]),
-        torch.cat([old_value, value[new_tokens.long()]]),
-        slots.long(),
-        codec,
-    )
-
-
-def archive_decode(
-    pages: torch.Tensor,
-    recent: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    recent_table: torch.Tensor,
-    archive_table: torch.Tensor,
+    query_start: torch.Tensor,
     lengths: torch.Tensor,
     starts: torch.Tensor,
+    recent_table: torch.Tensor,
+    archive_table: torch.Tensor,
     policy: Policy,
     codec: LayerCodec,
+    max_new: int = 1,
 ) -> None:
-    """Archive [starts_i, boundary(lengths_i)) of each sequence: kernels.archive.archive_decode."""
+    """Archive [starts_i, boundary(lengths_i)) of each sequence: kernels.archive.archive."""
+    computed = lengths - query_start.diff()
     sequence, position = _ranges(starts, policy.boundaries(lengths))
-    is_new = position == lengths[sequence] - 1
+    is_new = position >= computed[sequence]
     slots = _table_slots(archive_table, sequence, position, codec.layout.block_size)
     sources = _table_slots(recent_table, sequence, position, recent.shape[2])
     slots = torch.where(is_new | (sources >= 0), slots, -1)
-    archive_work(
+    new = (query_start[sequence] + position - computed[sequence])[is_new]
+    old_key, old_value = load_recent(recent, sources[~is_new].clamp_min(0))
+    archive(
         pages,
-        recent,
-        key,
-        value,
-        sources[~is_new],
-        sequence[is_new],
+        torch.cat([old_key, key[new]]),
+        torch.cat([old_value, value[new]]),
         torch.cat([slots[~is_new], slots[is_new]]),
         codec,
     )
@@ -132,48 +115,45 @@ def archive_decode(
 
 def gather(
     pages: torch.Tensor,
+    recent: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    query_start: torch.Tensor,
+    lengths: torch.Tensor,
+    starts: torch.Tensor,
+    recent_table: torch.Tensor,
     archive_table: torch.Tensor,
-    begins: torch.Tensor,
-    ends: torch.Tensor,
     offsets: torch.Tensor,
-    max_tokens: int,
+    max_length: int,
     out_k: torch.Tensor,
     out_v: torch.Tensor,
     codec: LayerCodec,
 ) -> None:
-    """Expand archived tokens, zeros for 0-bit bands: kernels.gather.gather."""
+    """Expand whole sequences in head space: kernels.gather.gather."""
     layout = codec.layout
-    sequence, position = _ranges(begins, ends)
+    computed = lengths - query_start.diff()
+
+    sequence, position = _ranges(torch.zeros_like(starts), starts)
     slots = _table_slots(archive_table, sequence, position, layout.block_size, null=0)
     block, offset = slots // layout.block_size, slots % layout.block_size
-    rows = offsets[sequence] + position - begins[sequence]
+    rows = offsets[sequence] + position
     for which, out, codes_at, scales_at in (
         ("k", out_k, layout.k_codes, layout.k_scales),
         ("v", out_v, layout.v_codes, layout.v_scales),
     ):
         codes = layout.slice(pages, codes_at)[block, :, offset]
         scales = layout.scales(pages, scales_at)[block, :, offset]
-        kept = [torch.full((band.width,), band.bits > 0) for band in codec.bands(which)]
-        x = out.new_zeros(len(rows), *out.shape[1:])
-        x[..., torch.cat(kept).to(x.device)] = codec.decode(codes, scales, which).to(x.dtype)
-        out[rows] = x
+        out[rows] = codec.restore(codec.decode(codes, scales, which), which).to(out.dtype)
 
-
-def gather_recent(
-    recent: torch.Tensor,
-    recent_table: torch.Tensor,
-    begins: torch.Tensor,
-    ends: torch.Tensor,
-    offsets: torch.Tensor,
-    max_tokens: int,
-    out_k: torch.Tensor,
-    out_v: torch.Tensor,
-) -> None:
-    """Copy raw tokens: kernels.gather.gather_recent."""
-    sequence, position = _ranges(begins, ends)
+    sequence, position = _ranges(starts, computed)
+    rows = offsets[sequence] + position
     slots = _table_slots(recent_table, sequence, position, recent.shape[2], null=0)
-    rows = offsets[sequence] + position - begins[sequence]
     out_k[rows], out_v[rows] = load_recent(recent, slots)
+
+    sequence, position = _ranges(computed, lengths)
+    rows = offsets[sequence] + position
+    new = query_start[sequence] + position - computed[sequence]
+    out_k[rows], out_v[rows] = key[new], value[new]
 
 
 def _ranges(begins: torch.Tensor, ends: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -22,7 +22,8 @@ def store(
     Args:
         recent: (blocks, kv_heads, raw_block, 2 * head_dim) in the model's dtype.
         key, value: (tokens, kv_heads, head_dim); may be views of a fused qkv tensor.
-        slots: (tokens,) int32 or int64; -1 leaves the cache untouched.
+        slots: (tokens,) int32 or int64; one in the null block 0 (or below) is nowhere: vLLM maps
+            tokens without a raw block there.
     """
     check_last_dim(recent=recent, key=key, value=value)
     tokens, heads, head_dim = key.shape
@@ -78,7 +79,7 @@ def _store_kernel(
     token, head = row // HEADS, row % HEADS
     slot = tl.load(slots + token, mask=row < num_rows, other=-1).to(tl.int64)
     column = tl.arange(0, WIDTH)
-    mask = (slot >= 0)[:, None] & (column < HEAD_DIM)[None, :]
+    mask = (slot >= RAW_BLOCK)[:, None] & (column < HEAD_DIM)[None, :]
 
     key_row = token * key_token_stride + head * key_head_stride
     value_row = token * value_token_stride + head * value_head_stride
