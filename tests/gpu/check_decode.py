@@ -7,16 +7,20 @@ Times are medians of CUDA graph replays that walk over copies of the cache large
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from dataclasses import dataclass
 from fractions import Fraction
 
 import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
 from vllm_kvpca.codec.bands import RAW_BITS, resolve_bands
 from vllm_kvpca.kernels import merge, reference
-from vllm_kvpca.kernels.decode import DecodeWorkspace, Tuning, decode, make_workspace
+from vllm_kvpca.kernels.decode import DecodeWorkspace, Tuning, decode, launches, make_workspace
 from vllm_kvpca.kernels.layer_codec import LayerCodec
 from vllm_kvpca.pages.layout import ArchiveLayout
 
@@ -282,6 +286,46 @@ def sweep(only: str = "") -> None:
                 print(name, tuning, "failed:", str(failure)[:200], flush=True)
 
 
+def interpret(cases: str) -> None:
+    """Errors of cases given as JSON, on the CPU under TRITON_INTERPRET=1; one line of JSON."""
+    torch.set_num_threads(1)
+    result = {}
+    for key, (name, dim, group, dtype, cap, starts, recents) in json.loads(cases).items():
+        case = make_case(name, dim, group, starts, recents, getattr(torch, dtype), cap=cap,
+                         block=48, device="cpu")  # fmt: skip
+        result[key] = error(case)
+    print(json.dumps(result))
+
+
+def compile_for(what: str) -> None:
+    """Compile both kernels for a GPU that need not be there: "FORMAT,CAPABILITY"."""
+    name, capability = what.split(",")
+    target = GPUTarget("cuda", int(capability), 32)
+    layout = make_codec(name, 128, 1, 80, torch.bfloat16, "cpu").layout
+    for kernel, constants, options in launches(layout, 128, 32, 7, 64):
+        signature, attributes = {}, {}
+        for i, argument in enumerate(kernel.arg_names):
+            if argument in constants:
+                signature[argument] = "constexpr"
+                continue
+            signature[argument] = SIGNATURE.get(argument, "i32")
+            if signature[argument][0] == "*" or "_stride" in argument:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+        at = {(kernel.arg_names.index(k),): v for k, v in constants.items()}
+        source = ASTSource(kernel, signature, at, attributes)
+        compiled = triton.compile(source, target=target, options=options)
+        print(kernel.__name__, capability, compiled.metadata.shared, "bytes of shared memory")
+
+
+SIGNATURE = {
+    **dict.fromkeys(("query", "rotated", "key", "value", "out"), "*bf16"),
+    **dict.fromkeys(("recent", "pages"), "*u8"),
+    **dict.fromkeys(("recent_table", "archive_table", "starts", "lengths"), "*i32"),
+    **dict.fromkeys(("sums_ptr", "maxima_ptr", "weights_ptr", "basis"), "*fp32"),
+    **dict.fromkeys(("score_scale", "soft_cap"), "fp32"),
+}
+
+
 def profile(only: str = "") -> None:
     """Times of the single kernels, by torch's profiler."""
     for name, batch, length in (("k8v4", 64, 4097), ("k8v8", 64, 4097), ("k8v4", 1, 131073)):
@@ -317,5 +361,6 @@ if __name__ == "__main__":
     for step in sys.argv[1:] or ["check", "time"]:
         began = time.time()
         verb, _, only = step.partition(":")
-        {"check": check, "sweep": sweep, "time": time_all, "profile": profile, "one": one}[verb](only)
-        print(f"-- {step}: {time.time() - began:.0f} s", flush=True)
+        {"check": check, "sweep": sweep, "time": time_all, "profile": profile, "one": one,
+         "interpret": interpret, "compile": compile_for}[verb](only)
+        print(f"-- {verb}: {time.time() - began:.0f} s", flush=True)
