@@ -193,7 +193,7 @@ def timing_cases(name, batch, length, recent, tuning=None, dim=128, heads=28, kv
     """Copies of one shape that together exceed L2 four times; random codes, scales near 1/64."""
     torch.manual_seed(0)
     dtype = torch.bfloat16
-    block = {"k8v4": 160, "k8v8": 112}.get(name, 64)
+    block = {"k8v4": 160, "k8v8": 96}.get(name, 64)
     codec = make_codec(name, dim, kv_heads, block, dtype, k_basis=False)
     layout, start = codec.layout, length - 1 - recent
     size = batch * kv_heads * (start * layout.content_bytes + recent * 4 * dim)
@@ -260,18 +260,13 @@ def show(name, batch, length, recent, tuning=None) -> float:
 
 
 SWEEP = [
-    Tuning(32, 16, warps=1, stages=2, programs=8),
-    Tuning(32, 16, warps=1, stages=3, programs=8),
-    Tuning(32, 16, warps=1, stages=2, programs=12, registers=168),
-    Tuning(32, 16, warps=1, stages=3, programs=12, registers=168),
-    Tuning(32, 16, warps=1, stages=2, programs=16, registers=128),
-    Tuning(64, 16, warps=1, stages=2, programs=8),
     Tuning(64, 32, warps=2, stages=2, programs=8, registers=128),
-    Tuning(64, 32, warps=2, stages=3, programs=6, registers=168),
-    Tuning(64, 32, warps=4, stages=2, programs=4, registers=128),
-    Tuning(64, 32, warps=4, stages=3, programs=4, registers=128),
-    Tuning(128, 32, warps=4, stages=2, programs=4, registers=128),
-    Tuning(128, 32, warps=4, stages=3, programs=3, registers=168),
+    Tuning(32, 32, warps=1, stages=2, programs=12, registers=168),
+    Tuning(32, 32, warps=1, stages=3, programs=12, registers=168),
+    Tuning(32, 32, warps=1, stages=2, programs=10, registers=200),
+    Tuning(32, 32, warps=2, stages=3, programs=8, registers=128),
+    Tuning(16, 16, warps=1, stages=3, programs=16, registers=128),
+    Tuning(16, 16, warps=1, stages=4, programs=12, registers=168),
 ]
 
 
