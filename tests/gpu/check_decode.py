@@ -7,16 +7,20 @@ Times are medians of CUDA graph replays that walk over copies of the cache large
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from dataclasses import dataclass
 from fractions import Fraction
 
 import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
 from vllm_kvpca.codec.bands import RAW_BITS, resolve_bands
 from vllm_kvpca.kernels import merge, reference
-from vllm_kvpca.kernels.decode import DecodeWorkspace, Tuning, decode, make_workspace
+from vllm_kvpca.kernels.decode import DecodeWorkspace, Tuning, decode, launches, make_workspace
 from vllm_kvpca.kernels.layer_codec import LayerCodec
 from vllm_kvpca.pages.layout import ArchiveLayout
 
@@ -62,9 +66,7 @@ def make_codec(name, dim, kv_heads, block, dtype, device=None, k_basis=True):
             return None
         return torch.linalg.qr(torch.randn(kv_heads, dim, dim))[0].contiguous().to(device)
 
-    return LayerCodec(
-        ArchiveLayout(dim, block, k, v), basis(k) if k_basis else None, basis(v), dtype
-    )
+    return LayerCodec(ArchiveLayout(dim, block, k, v), basis(k) if k_basis else None, basis(v), dtype)
 
 
 def make_case(name, dim, group, starts, recents, dtype, kv_heads=2, block=80, raw_block=32,
@@ -191,7 +193,7 @@ def timing_cases(name, batch, length, recent, tuning=None, dim=128, heads=28, kv
     """Copies of one shape that together exceed L2 four times; random codes, scales near 1/64."""
     torch.manual_seed(0)
     dtype = torch.bfloat16
-    block = {"k8v4": 160, "k8v8": 112}.get(name, 64)
+    block = {"k8v4": 160, "k8v8": 96}.get(name, 64)
     codec = make_codec(name, dim, kv_heads, block, dtype, k_basis=False)
     layout, start = codec.layout, length - 1 - recent
     size = batch * kv_heads * (start * layout.content_bytes + recent * 4 * dim)
@@ -258,18 +260,13 @@ def show(name, batch, length, recent, tuning=None) -> float:
 
 
 SWEEP = [
-    Tuning(32, 16, warps=1, stages=2, programs=8),
-    Tuning(32, 16, warps=1, stages=3, programs=8),
-    Tuning(32, 16, warps=1, stages=2, programs=12, registers=168),
-    Tuning(32, 16, warps=1, stages=3, programs=12, registers=168),
-    Tuning(32, 16, warps=1, stages=2, programs=16, registers=128),
-    Tuning(64, 16, warps=1, stages=2, programs=8),
     Tuning(64, 32, warps=2, stages=2, programs=8, registers=128),
-    Tuning(64, 32, warps=2, stages=3, programs=6, registers=168),
-    Tuning(64, 32, warps=4, stages=2, programs=4, registers=128),
-    Tuning(64, 32, warps=4, stages=3, programs=4, registers=128),
-    Tuning(128, 32, warps=4, stages=2, programs=4, registers=128),
-    Tuning(128, 32, warps=4, stages=3, programs=3, registers=168),
+    Tuning(32, 32, warps=1, stages=2, programs=12, registers=168),
+    Tuning(32, 32, warps=1, stages=3, programs=12, registers=168),
+    Tuning(32, 32, warps=1, stages=2, programs=10, registers=200),
+    Tuning(32, 32, warps=2, stages=3, programs=8, registers=128),
+    Tuning(16, 16, warps=1, stages=3, programs=16, registers=128),
+    Tuning(16, 16, warps=1, stages=4, programs=12, registers=168),
 ]
 
 
@@ -282,6 +279,46 @@ def sweep(only: str = "") -> None:
                 show(name, 64, 4097, 0, tuning)
             except Exception as failure:
                 print(name, tuning, "failed:", str(failure)[:200], flush=True)
+
+
+def interpret(cases: str) -> None:
+    """Errors of cases given as JSON, on the CPU under TRITON_INTERPRET=1; one line of JSON."""
+    torch.set_num_threads(1)
+    result = {}
+    for key, (name, dim, group, dtype, cap, starts, recents) in json.loads(cases).items():
+        case = make_case(name, dim, group, starts, recents, getattr(torch, dtype), cap=cap,
+                         block=48, device="cpu")  # fmt: skip
+        result[key] = error(case)
+    print(json.dumps(result))
+
+
+def compile_for(what: str) -> None:
+    """Compile both kernels for a GPU that need not be there: "FORMAT,CAPABILITY"."""
+    name, capability = what.split(",")
+    target = GPUTarget("cuda", int(capability), 32)
+    layout = make_codec(name, 128, 1, 80, torch.bfloat16, "cpu").layout
+    for kernel, constants, options in launches(layout, 128, 32, 7, 64):
+        signature, attributes = {}, {}
+        for i, argument in enumerate(kernel.arg_names):
+            if argument in constants:
+                signature[argument] = "constexpr"
+                continue
+            signature[argument] = SIGNATURE.get(argument, "i32")
+            if signature[argument][0] == "*" or "_stride" in argument:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+        at = {(kernel.arg_names.index(k),): v for k, v in constants.items()}
+        source = ASTSource(kernel, signature, at, attributes)
+        compiled = triton.compile(source, target=target, options=options)
+        print(kernel.__name__, capability, compiled.metadata.shared, "bytes of shared memory")
+
+
+SIGNATURE = {
+    **dict.fromkeys(("query", "rotated", "key", "value", "out"), "*bf16"),
+    **dict.fromkeys(("recent", "pages"), "*u8"),
+    **dict.fromkeys(("recent_table", "archive_table", "starts", "lengths"), "*i32"),
+    **dict.fromkeys(("sums_ptr", "maxima_ptr", "weights_ptr", "basis"), "*fp32"),
+    **dict.fromkeys(("score_scale", "soft_cap"), "fp32"),
+}
 
 
 def profile(only: str = "") -> None:
@@ -319,7 +356,6 @@ if __name__ == "__main__":
     for step in sys.argv[1:] or ["check", "time"]:
         began = time.time()
         verb, _, only = step.partition(":")
-        {"check": check, "sweep": sweep, "time": time_all, "profile": profile, "one": one}[verb](
-            only
-        )
-        print(f"-- {step}: {time.time() - began:.0f} s", flush=True)
+        {"check": check, "sweep": sweep, "time": time_all, "profile": profile, "one": one,
+         "interpret": interpret, "compile": compile_for}[verb](only)
+        print(f"-- {verb}: {time.time() - began:.0f} s", flush=True)

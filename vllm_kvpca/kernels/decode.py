@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -18,6 +19,7 @@ import triton
 from vllm_kvpca.kernels.decode_merge import merge_kernel
 from vllm_kvpca.kernels.decode_ops import triton_dtype
 from vllm_kvpca.kernels.decode_plan import (
+    COST_BYTES,
     DecodeWorkspace,
     Part,
     Tuning,
@@ -29,12 +31,15 @@ from vllm_kvpca.kernels.decode_plan import (
 )
 from vllm_kvpca.kernels.decode_split import split_kernel
 from vllm_kvpca.kernels.layer_codec import LayerCodec
+from vllm_kvpca.pages.layout import ArchiveLayout, raw_token_bytes
 
 __all__ = ["DecodeWorkspace", "Tuning", "decode", "make_workspace"]
 
 LOG2E = 1.4426950408889634
 LEAST_TOKENS = 64
 """Raw tokens' worth of bytes below which a chunk does not pay for its merge."""
+FEW_MERGES = 64
+"""Sequences times KV heads up to which the merge takes query heads one by one."""
 
 
 def interpreted() -> bool:
@@ -76,17 +81,71 @@ def decode(
     batch, heads, head_dim = query.shape
     kv_heads = key.shape[1]
     group, tuning = heads // kv_heads, workspace.tuning
-    archive = _archive_part(codec.layout)
-    raw = _recent_part(head_dim, recent.shape[2])
     if not batch:
         return
     if codec.k_basis is None:
         rotated = query.unflatten(1, (kv_heads, group))
     else:
         rotated = _rotate(query, codec.k_basis, workspace)
-    factor = scale if soft_cap else scale * LOG2E
-    cap = float(soft_cap or 0.0)
-    least = LEAST_TOKENS * raw.cost
+    split, merge = _launches(
+        codec.layout, head_dim, recent.shape[2], group, batch, kv_heads,
+        codec.v_basis is not None, query.dtype, bool(soft_cap), tuning,
+    )  # fmt: skip
+    common = (
+        *(workspace.sums, workspace.maxima, workspace.weights),
+        *(batch, workspace.target, LEAST_TOKENS * raw_token_bytes(head_dim) // COST_BYTES),
+        *(scale if soft_cap else scale * LOG2E, float(soft_cap or 0.0)),
+    )
+    recent_bytes = recent.view(torch.uint8)
+    split_kernel[(kv_heads, workspace.target + 2 * batch)](
+        *(query, rotated, recent_bytes, pages, recent_table, archive_table, starts, lengths),
+        *common,
+        *(query.stride(0), query.stride(1)),
+        *rotated.stride()[:3],
+        *(recent_bytes.stride(0), recent_bytes.stride(1), pages.stride(0), pages.stride(1)),
+        *(recent_table.stride(0), archive_table.stride(0)),
+        **split.constants,
+        **split.options,
+    )
+    merge_kernel[(batch, kv_heads, -(-group // merge.constants["MERGED"]))](
+        *(query, key, value, out, codec.v_basis, starts, lengths, kv_heads),
+        *common,
+        *(query.stride(0), query.stride(1), key.stride(0), key.stride(1)),
+        *(value.stride(0), value.stride(1), out.stride(0), out.stride(1)),
+        *((0, 0, 0) if codec.v_basis is None else codec.v_basis.stride()),
+        **merge.constants,
+        **merge.options,
+    )
+
+
+class Launch(NamedTuple):
+    """A kernel, its compile-time arguments, and its launch options."""
+
+    kernel: Any
+    constants: dict[str, Any]
+    options: dict[str, int]
+
+
+@lru_cache(256)
+def _launches(*args: Any) -> tuple[Launch, Launch]:
+    return launches(*args)
+
+
+def launches(
+    layout: ArchiveLayout,
+    head_dim: int,
+    raw_block: int,
+    group: int,
+    batch: int,
+    kv_heads: int = 4,
+    has_basis: bool = True,
+    dtype: torch.dtype = torch.bfloat16,
+    has_cap: bool = False,
+    tuning: Tuning | None = None,
+) -> tuple[Launch, Launch]:
+    """How the split and the merge kernel are compiled for one kind of batch."""
+    tuning = tuning or Tuning()
+    archive, raw = archive_part(layout), recent_part(head_dim, raw_block)
     parts = dict(
         A_COST=archive.cost,
         A_TILE=tuning.archive_tile,
@@ -96,61 +155,38 @@ def decode(
         ROWS=row_count(group),
         DIM=head_dim,
         BATCH=triton.next_power_of_2(batch),
-        HAS_CAP=bool(soft_cap),
+        HAS_CAP=has_cap,
         INTERPRET=interpreted(),
     )
-    recent_bytes = recent.view(torch.uint8)
-    split_kernel[(kv_heads, workspace.target + 2 * batch)](
-        *(query, rotated, recent_bytes, pages, recent_table, archive_table, starts, lengths),
-        *(workspace.sums, workspace.maxima, workspace.weights),
-        *(batch, workspace.target, least, factor, cap),
-        *(query.stride(0), query.stride(1)),
-        *rotated.stride()[:3],
-        *(recent_bytes.stride(0), recent_bytes.stride(1), pages.stride(0), pages.stride(1)),
-        *(recent_table.stride(0), archive_table.stride(0)),
+    split = {
+        **parts,
         **_constants("A", archive),
         **_constants("R", raw),
+        "DTYPE": triton_dtype(dtype),
+    }
+    # Few programs: one per query head, so that many read a sequence's many chunks. Many
+    # programs: one per KV head, so that the basis is read once for its query heads.
+    alone = batch * kv_heads <= FEW_MERGES
+    merge = {
         **parts,
-        DTYPE=triton_dtype(query.dtype),
-        **_launch(tuning),
+        "DROPPED": dropped_columns(layout.v_bands),
+        "MERGED": 1 if alone else row_count(group),
+        "WIDTH": triton.next_power_of_2(head_dim),
+        "STEP": 32 if alone else 4,
+        "HAS_BASIS": has_basis,
+    }
+    return (
+        Launch(split_kernel, split, _options(tuning)),
+        Launch(merge_kernel, merge, {"num_warps": 8}),
     )
-    # Few programs: one per query head, so that many chunks are read by many. Many programs:
-    # one per KV head, so that the basis is read once for its query heads.
-    merged = 1 if batch * kv_heads <= 128 else 16
-    width = triton.next_power_of_2(head_dim)
-    merge_kernel[(batch, kv_heads, -(-group // merged))](
-        *(query, key, value, out, codec.v_basis, starts, lengths),
-        *(workspace.sums, workspace.maxima, workspace.weights),
-        *(batch, kv_heads, workspace.target, least, factor, cap),
-        *(query.stride(0), query.stride(1), key.stride(0), key.stride(1)),
-        *(value.stride(0), value.stride(1), out.stride(0), out.stride(1)),
-        *((0, 0, 0) if codec.v_basis is None else codec.v_basis.stride()),
-        **parts,
-        DROPPED=dropped_columns(codec.layout.v_bands),
-        MERGED=merged,
-        WIDTH=width,
-        STEP=16 if merged == 1 else 1,
-        HAS_BASIS=codec.v_basis is not None,
-        num_warps=4 if merged == 1 else 8,
-    )
-
-
-@lru_cache(64)
-def _archive_part(layout: object) -> Part:
-    return archive_part(layout)  # type: ignore[arg-type]
-
-
-@lru_cache(64)
-def _recent_part(head_dim: int, block_size: int) -> Part:
-    return recent_part(head_dim, block_size)
 
 
 def _constants(prefix: str, part: Part) -> dict[str, object]:
     return {f"{prefix}_AT": part.offsets, f"{prefix}_K": part.k, f"{prefix}_V": part.v}
 
 
-def _launch(tuning: Tuning) -> dict[str, int]:
-    options = {"num_warps": tuning.warps, "num_stages": tuning.stages}
+def _options(tuning: Tuning) -> dict[str, int]:
+    options: dict[str, int] = {"num_warps": tuning.warps, "num_stages": tuning.stages}
     if tuning.registers:
         options["maxnreg"] = tuning.registers
     return options

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vllm_kvpca.kernels.decode_ops import capped
+from vllm_kvpca.kernels.decode_ops import capped, fold, unfold
 from vllm_kvpca.kernels.decode_split import chunk_lists
 
 
@@ -47,8 +47,8 @@ def _merge_chunks(
 
 @triton.jit
 def merge_kernel(
-    query, key, value, out, basis, starts, lengths, sums_ptr, maxima_ptr, weights_ptr,
-    batch, kv_heads, target, least, score_scale, soft_cap,
+    query, key, value, out, basis, starts, lengths, kv_heads,
+    sums_ptr, maxima_ptr, weights_ptr, batch, target, least, score_scale, soft_cap,
     q_stride_b, q_stride_h, k_stride_b, k_stride_h, v_stride_b, v_stride_h,
     o_stride_b, o_stride_h, b_stride_h, b_stride_d, b_stride_c,
     A_COST: tl.constexpr, A_TILE: tl.constexpr, R_COST: tl.constexpr, R_TILE: tl.constexpr,
@@ -56,7 +56,7 @@ def merge_kernel(
     DIM: tl.constexpr, WIDTH: tl.constexpr, STEP: tl.constexpr, BATCH: tl.constexpr,
     HAS_CAP: tl.constexpr, HAS_BASIS: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """Grid (batch, kv_heads, ceil(GROUP / MERGED)): MERGED query heads at a time, 1 or 16.
+    """Grid (batch, kv_heads, ceil(GROUP / MERGED)): MERGED query heads at a time, 1 or ROWS.
 
     Args:
         basis: (kv_heads, DIM, DIM) float32, V's, any strides; WIDTH is DIM as a power of two.
@@ -114,10 +114,15 @@ def merge_kernel(
         b = tl.load(at, (column < DIM)[:, None] & (column < DIM)[None, :], other=0.0)
         if MERGED == 1:
             result += tl.sum(tl.reshape(components, (WIDTH, 1)) * b, 0)[None, :]
-        elif INTERPRET:
-            result += tl.dot(components, b, input_precision="ieee")
         else:
-            result += tl.dot(components, b, input_precision="tf32x3")
+            components = unfold(components, MERGED)
+            if INTERPRET:
+                rotated = tl.dot(components, b, input_precision="ieee")
+            else:
+                rotated = tl.dot(components, b, input_precision="tf32x3")
+            if MERGED == 8:  # rows 8 to 15 are rows 0 to 7 once more
+                rotated = fold(rotated, MERGED) * 0.5
+            result += rotated
     else:
         result += components
     tl.store(out_at, result.to(out.dtype.element_ty), mask)

@@ -23,6 +23,10 @@ LEAST_DOT = {RAW_BITS: 16, 8: 32, 4: 32}
 """Shortest sum of a matrix instruction, in elements, for each stored width."""
 
 
+COST_BYTES = 4
+"""Unit of a token's cost."""
+
+
 @dataclass(frozen=True)
 class Tuning:
     """What only changes the speed.
@@ -210,7 +214,7 @@ class Part:
         k_at, k_step, v_at, v_step: first code of a block's head, and from token to token.
         ks_at, ks_step, vs_at, vs_step: the same of the scales.
         k, v: pieces.
-        cost: of one token, in units of a few bytes.
+        cost: of one token, in units of COST_BYTES.
     """
 
     block: int
@@ -249,7 +253,7 @@ def archive_part(layout: ArchiveLayout) -> Part:
         *(ks.offset, ks.width, vs.offset, vs.width),
         k=k_pieces(layout.k_bands),
         v=v_pieces(layout.v_bands),
-        cost=max(1, layout.content_bytes // 4),
+        cost=max(1, layout.content_bytes // COST_BYTES),
     )
 
 
@@ -262,5 +266,5 @@ def recent_part(head_dim: int, block_size: int) -> Part:
         *(0, 0, 0, 0),
         k=k_pieces(bands),
         v=v_pieces(bands),
-        cost=step // 4,
+        cost=step // COST_BYTES,
     )

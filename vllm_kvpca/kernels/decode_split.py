@@ -236,9 +236,13 @@ def _attend(
     for t in range(first, last, TILE):
         token = t + tl.arange(0, TILE)
         valid = token < last
-        block = tl.load(table + token // AT[0], valid, other=0).to(tl.int64)
+        if AT[0] % TILE == 0:  # the tile lies in one block: all but the row is scalar
+            block = tl.load(table + t // AT[0]).to(tl.int64)
+            offset = t % AT[0] + tl.arange(0, TILE)
+        else:
+            block = tl.load(table + token // AT[0], valid, other=0).to(tl.int64)
+            offset = token % AT[0]
         base = tl.multiple_of(cache + block * block_stride, 16)
-        offset = token % AT[0]
         s = _scores(q, base, offset, valid, AT, K, DTYPE, ROWS, INTERPRET)
         s = capped(s * score_scale, soft_cap, HAS_CAP)
         s = tl.where(valid[None, :], s, float("-inf"))
