@@ -62,7 +62,9 @@ def make_codec(name, dim, kv_heads, block, dtype, device=None, k_basis=True):
             return None
         return torch.linalg.qr(torch.randn(kv_heads, dim, dim))[0].contiguous().to(device)
 
-    return LayerCodec(ArchiveLayout(dim, block, k, v), basis(k) if k_basis else None, basis(v), dtype)
+    return LayerCodec(
+        ArchiveLayout(dim, block, k, v), basis(k) if k_basis else None, basis(v), dtype
+    )
 
 
 def make_case(name, dim, group, starts, recents, dtype, kv_heads=2, block=80, raw_block=32,
@@ -317,5 +319,7 @@ if __name__ == "__main__":
     for step in sys.argv[1:] or ["check", "time"]:
         began = time.time()
         verb, _, only = step.partition(":")
-        {"check": check, "sweep": sweep, "time": time_all, "profile": profile, "one": one}[verb](only)
+        {"check": check, "sweep": sweep, "time": time_all, "profile": profile, "one": one}[verb](
+            only
+        )
         print(f"-- {step}: {time.time() - began:.0f} s", flush=True)

@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 
 import vllm_kvpca
 from vllm_kvpca.cli import (
+    bench,
     calibrate,
     demo_model,
     doctor,
@@ -68,6 +69,7 @@ def _root(
     pass
 
 
+app.add_typer(bench.app, name="bench")
 app.command("calibrate")(calibrate.calibrate)
 app.command("demo-model")(demo_model.demo_model)
 app.command("doctor")(doctor.doctor)

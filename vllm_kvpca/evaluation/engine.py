@@ -29,7 +29,7 @@ class EngineSettings(BaseModel):
     Attributes:
         preset: see preset.load_preset, or STOCK.
         compress_after, keep_recent: tokens; of no effect in a stock engine.
-        dtype: "auto" is the model's own.
+        dtype, kv_cache_dtype: "auto" is the model's own.
         max_num_batched_tokens: tokens per step, over all requests.
         chunk: tokens per request and step, None for no limit of its own.
         kv_gib: memory of the KV cache, GiB.
@@ -43,6 +43,7 @@ class EngineSettings(BaseModel):
     compress_after: int = 512
     keep_recent: int = 256
     dtype: str = "auto"
+    kv_cache_dtype: str = "auto"
     max_model_len: int
     max_num_seqs: int = 16
     max_num_batched_tokens: int = 2048
@@ -84,16 +85,17 @@ def start(settings: EngineSettings, in_core: bool = True, **more: Any) -> Any:
                 "keep_recent": settings.keep_recent,
             }
         }
+    more.setdefault("kv_cache_memory_bytes", int(settings.kv_gib * 2**30))
     return LLM(
         settings.model,
         dtype=settings.dtype,
+        kv_cache_dtype=settings.kv_cache_dtype,
         max_model_len=settings.max_model_len,
         max_num_seqs=settings.max_num_seqs,
         max_num_batched_tokens=settings.max_num_batched_tokens,
         long_prefill_token_threshold=settings.chunk or 0,
         # Every run computes its prompts anew.
         enable_prefix_caching=False,
-        kv_cache_memory_bytes=int(settings.kv_gib * 2**30),
         enforce_eager=settings.eager,
         seed=settings.seed,
         **more,

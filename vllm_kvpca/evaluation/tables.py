@@ -34,27 +34,31 @@ def stale(paths: Sequence[Path], records: Sequence[Record]) -> list[Path]:
 
 
 def table(kind: str, records: Sequence[Record]) -> str:
-    """One table in Markdown: a row for each record, then how the numbers were made."""
+    """One table in Markdown: the rows of each record, then how the numbers were made."""
     if kind not in _TABLES:
         raise OptionsError(f"there is no table {kind!r}; known: {', '.join(_TABLES)}.")
-    heads, row = _TABLES[kind]
+    heads, rows = _TABLES[kind]
     chosen = sorted((r for r in records if r.kind == kind), key=_order)
     if not chosen:
         raise OptionsError(
-            f"no record for the table {kind!r}: make one with vllm-kvpca evaluate {kind}."
+            f"no record for the table {kind!r}: make one with vllm-kvpca {_command(kind)}."
         )
     lines = [_line(heads), _line(["---"] + ["---:"] * (len(heads) - 1))]
-    lines += [_line(row(record)) for record in chosen]
+    lines += [_line(row) for record in chosen for row in rows(record)]
     return "\n".join([*lines, "", *_origin(chosen)]) + "\n"
+
+
+def _command(kind: str) -> str:
+    return f"bench {kind}" if kind in ("kernels", "engine") else f"evaluate {kind}"
 
 
 def _order(record: Record) -> tuple[Any, ...]:
     settings: Any = record.settings
     return (
         record.model,
-        settings["total_ratio"],
-        settings["preset"],
-        settings["compress_after"],
+        settings.get("total_ratio", 0),
+        settings.get("preset", ""),
+        settings.get("compress_after", 0),
         record.slug,
     )
 
@@ -151,9 +155,49 @@ def _throughput(record: Record) -> list[str]:
     return cells
 
 
+def _one(row: Callable[[Record], list[str]]) -> _Rows:
+    return lambda record: [row(record)]
+
+
+def _kernels(record: Record) -> list[list[str]]:
+    results: Any = record.results
+    return [
+        [
+            row["shape"].replace("x", " x ", 1),
+            f"`{row['contender']}`",
+            f"{row['token_head_bytes']:.0f}",
+            f"{row['microseconds']:,.1f}",
+            f"{row['gigabytes_per_second']:,.0f}",
+            f"{row['share_of_read_bandwidth']:.0%}",
+            "-" if row["against_fa3_bf16"] is None else f"{row['against_fa3_bf16']:.2f}x",
+        ]
+        for row in results["rows"]
+    ]
+
+
+def _engine(record: Record) -> list[list[str]]:
+    """A line for each engine: what fits, then output tokens per second under each load."""
+    results: Any = record.results
+    rows = []
+    for name, found in results["engines"].items():
+        against = results["against_stock"][name]
+        cells = [f"{found['capacity']['tokens']:,} ({against['tokens']:.2f}x)"]
+        for load in found["loads"]:
+            key = "decode_tokens_per_second"
+            if load["name"] == "memory-limited":
+                key = "output_tokens_per_second"
+            ratio = against["loads"][load["name"]][key]
+            cells.append(f"{load[key]:,.0f} ({ratio:.2f}x)")
+        for length, milliseconds in found["first_token_milliseconds"].items():
+            ratio = against["first_token_time"][length]
+            cells.append(f"{milliseconds:,.0f} ms ({ratio:.2f}x)")
+        rows.append([f"`{name}`", *cells])
+    return rows
+
+
 _PRESET = ["preset", "raw / archived bytes of K and V (of V alone)"]
-_Row = Callable[[Record], list[str]]
-_TABLES: dict[str, tuple[list[str], _Row]] = {
+_Rows = Callable[[Record], list[list[str]]]
+_TABLES: dict[str, tuple[list[str], _Rows]] = {
     "quality": (
         [
             *_PRESET,
@@ -165,7 +209,7 @@ _TABLES: dict[str, tuple[list[str], _Row]] = {
             "same likeliest token",
             "tokens",
         ],
-        _quality,
+        _one(_quality),
     ),
     "identity": (
         [
@@ -175,11 +219,11 @@ _TABLES: dict[str, tuple[list[str], _Row]] = {
             "identical tokens",
             "largest gap at a first difference (nats)",
         ],
-        _identity,
+        _one(_identity),
     ),
     "capacity": (
         [*_PRESET, "tokens, stock", "tokens", "against stock", "KV memory", "max_model_len"],
-        _capacity,
+        _one(_capacity),
     ),
     "throughput": (
         [
@@ -191,6 +235,31 @@ _TABLES: dict[str, tuple[list[str], _Row]] = {
             "decoded tokens/s",
             "against stock",
         ],
-        _throughput,
+        _one(_throughput),
+    ),
+    "kernels": (
+        [
+            "batch x context",
+            "kernel",
+            "stored bytes per token and head",
+            "us",
+            "GB/s",
+            "of read bandwidth",
+            "speed against FA3 bf16",
+        ],
+        _kernels,
+    ),
+    "engine": (
+        [
+            "engine",
+            "tokens that fit",
+            "decoded tokens/s, 32 x 4,096",
+            "output tokens/s, memory short",
+            "decoded tokens/s, below compress_after",
+            "first token, 2,048",
+            "8,192",
+            "32,000",
+        ],
+        _engine,
     ),
 }

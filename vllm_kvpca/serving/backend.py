@@ -23,7 +23,7 @@ from vllm.v1.kv_cache_interface import KVCacheLayout
 from vllm_kvpca.pages.plan import BLOCK_STEP
 from vllm_kvpca.serving.attention import KvpcaAttentionImpl
 from vllm_kvpca.serving.batch import Step, StepInput, plan_step
-from vllm_kvpca.serving.device_batch import DeviceStep, group_prefills, on_device
+from vllm_kvpca.serving.device_batch import DeviceStep, PrefillGroup, group_prefills, on_device
 from vllm_kvpca.serving.groups import ArchiveSpec, RecentSpec
 from vllm_kvpca.serving.layers import ArchiveLayer
 from vllm_kvpca.serving.log import logger
@@ -155,7 +155,7 @@ class KvpcaMetadataBuilder(AttentionMetadataBuilder[KvpcaMetadata]):
         out = self._starts[:rows]
         starts(query_start, lengths, table, self.spec.block_size, self.spec.policy, out)
         decodes, prefills, _, _ = split_decodes_and_prefills(common)
-        groups = ()
+        groups: tuple[PrefillGroup, ...] = ()
         if prefills:
             # Exact for prefilling sequences, and no wait for the device.
             groups = group_prefills(
