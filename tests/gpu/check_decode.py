@@ -66,7 +66,9 @@ def make_codec(name, dim, kv_heads, block, dtype, device=None, k_basis=True):
             return None
         return torch.linalg.qr(torch.randn(kv_heads, dim, dim))[0].contiguous().to(device)
 
-    return LayerCodec(ArchiveLayout(dim, block, k, v), basis(k) if k_basis else None, basis(v), dtype)
+    return LayerCodec(
+        ArchiveLayout(dim, block, k, v), basis(k) if k_basis else None, basis(v), dtype
+    )
 
 
 def make_case(name, dim, group, starts, recents, dtype, kv_heads=2, block=80, raw_block=32,
@@ -260,13 +262,10 @@ def show(name, batch, length, recent, tuning=None) -> float:
 
 
 SWEEP = [
-    Tuning(64, 32, warps=2, stages=2, programs=8, registers=128),
-    Tuning(32, 32, warps=1, stages=2, programs=12, registers=168),
-    Tuning(32, 32, warps=1, stages=3, programs=12, registers=168),
-    Tuning(32, 32, warps=1, stages=2, programs=10, registers=200),
     Tuning(32, 32, warps=2, stages=3, programs=8, registers=128),
+    Tuning(32, 16, warps=2, stages=3, programs=8, registers=None),
     Tuning(16, 16, warps=1, stages=3, programs=16, registers=128),
-    Tuning(16, 16, warps=1, stages=4, programs=12, registers=168),
+    Tuning(64, 32, warps=2, stages=2, programs=8, registers=128),
 ]
 
 
@@ -356,6 +355,13 @@ if __name__ == "__main__":
     for step in sys.argv[1:] or ["check", "time"]:
         began = time.time()
         verb, _, only = step.partition(":")
-        {"check": check, "sweep": sweep, "time": time_all, "profile": profile, "one": one,
-         "interpret": interpret, "compile": compile_for}[verb](only)
+        {
+            "check": check,
+            "sweep": sweep,
+            "time": time_all,
+            "profile": profile,
+            "one": one,
+            "interpret": interpret,
+            "compile": compile_for,
+        }[verb](only)
         print(f"-- {verb}: {time.time() - began:.0f} s", flush=True)

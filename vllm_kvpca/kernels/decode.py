@@ -172,12 +172,12 @@ def launches(
         "DROPPED": dropped_columns(layout.v_bands),
         "MERGED": 1 if alone else row_count(group),
         "WIDTH": triton.next_power_of_2(head_dim),
-        "STEP": 32 if alone else 4,
+        "STEP": 32 if alone else 1,
         "HAS_BASIS": has_basis,
     }
     return (
         Launch(split_kernel, split, _options(tuning)),
-        Launch(merge_kernel, merge, {"num_warps": 8}),
+        Launch(merge_kernel, merge, {"num_warps": 4}),
     )
 
 

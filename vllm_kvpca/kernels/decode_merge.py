@@ -25,7 +25,7 @@ def _merge_chunks(
     stored = column < DIM
     for run in tl.static_range(len(DROPPED)):
         stored = stored & ((column < DROPPED[run][0]) | (column >= DROPPED[run][1]))
-    for c in range(0, count, STEP):
+    for c in tl.range(0, count, STEP, num_stages=3):
         chunk = c + tl.arange(0, STEP)
         slot = ((first + chunk) * kv_heads + head).to(tl.int64)
         at = slot[:, None] * ROWS + row[None, :]

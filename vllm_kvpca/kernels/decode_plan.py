@@ -39,10 +39,10 @@ class Tuning:
         registers: most registers of a thread, or None for the compiler's choice.
     """
 
-    archive_tile: int = 64
+    archive_tile: int = 32
     recent_tile: int = 32
     warps: int = 2
-    stages: int = 2
+    stages: int = 3
     programs: int = 8
     waves: int = 1
     registers: int | None = 128
