@@ -271,8 +271,8 @@ SWEEP = [
 
 def sweep(only: str = "") -> None:
     """Of one format, or of one tuning of it ("k8v4,3"): that fills Triton's cache."""
-    name, _, index = only.partition(",")
-    for name in [name] if name else ("k8v4", "k8v8"):
+    wanted, _, index = only.partition(",")
+    for name in [wanted] if wanted else ("k8v4", "k8v8"):
         for tuning in [SWEEP[int(index)]] if index else SWEEP:
             try:
                 show(name, 64, 4097, 0, tuning)
