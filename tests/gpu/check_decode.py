@@ -66,7 +66,9 @@ def make_codec(name, dim, kv_heads, block, dtype, device=None, k_basis=True):
             return None
         return torch.linalg.qr(torch.randn(kv_heads, dim, dim))[0].contiguous().to(device)
 
-    return LayerCodec(ArchiveLayout(dim, block, k, v), basis(k) if k_basis else None, basis(v), dtype)
+    return LayerCodec(
+        ArchiveLayout(dim, block, k, v), basis(k) if k_basis else None, basis(v), dtype
+    )
 
 
 def make_case(name, dim, group, starts, recents, dtype, kv_heads=2, block=80, raw_block=32,
@@ -260,20 +262,17 @@ def show(name, batch, length, recent, tuning=None) -> float:
 
 
 SWEEP = [
-    Tuning(64, 32, warps=2, stages=2, programs=8, registers=128),
-    Tuning(32, 32, warps=1, stages=2, programs=12, registers=168),
-    Tuning(32, 32, warps=1, stages=3, programs=12, registers=168),
-    Tuning(32, 32, warps=1, stages=2, programs=10, registers=200),
     Tuning(32, 32, warps=2, stages=3, programs=8, registers=128),
+    Tuning(32, 16, warps=2, stages=3, programs=8, registers=None),
     Tuning(16, 16, warps=1, stages=3, programs=16, registers=128),
-    Tuning(16, 16, warps=1, stages=4, programs=12, registers=168),
+    Tuning(64, 32, warps=2, stages=2, programs=8, registers=128),
 ]
 
 
 def sweep(only: str = "") -> None:
     """Of one format, or of one tuning of it ("k8v4,3"): that fills Triton's cache."""
-    name, _, index = only.partition(",")
-    for name in [name] if name else ("k8v4", "k8v8"):
+    wanted, _, index = only.partition(",")
+    for name in [wanted] if wanted else ("k8v4", "k8v8"):
         for tuning in [SWEEP[int(index)]] if index else SWEEP:
             try:
                 show(name, 64, 4097, 0, tuning)
@@ -356,6 +355,13 @@ if __name__ == "__main__":
     for step in sys.argv[1:] or ["check", "time"]:
         began = time.time()
         verb, _, only = step.partition(":")
-        {"check": check, "sweep": sweep, "time": time_all, "profile": profile, "one": one,
-         "interpret": interpret, "compile": compile_for}[verb](only)
+        {
+            "check": check,
+            "sweep": sweep,
+            "time": time_all,
+            "profile": profile,
+            "one": one,
+            "interpret": interpret,
+            "compile": compile_for,
+        }[verb](only)
         print(f"-- {verb}: {time.time() - began:.0f} s", flush=True)

@@ -146,18 +146,18 @@ def launches(
     """How the split and the merge kernel are compiled for one kind of batch."""
     tuning = tuning or Tuning()
     archive, raw = archive_part(layout), recent_part(head_dim, raw_block)
-    parts = dict(
-        A_COST=archive.cost,
-        A_TILE=tuning.archive_tile,
-        R_COST=raw.cost,
-        R_TILE=tuning.recent_tile,
-        GROUP=group,
-        ROWS=row_count(group),
-        DIM=head_dim,
-        BATCH=triton.next_power_of_2(batch),
-        HAS_CAP=has_cap,
-        INTERPRET=interpreted(),
-    )
+    parts: dict[str, Any] = {
+        "A_COST": archive.cost,
+        "A_TILE": tuning.archive_tile,
+        "R_COST": raw.cost,
+        "R_TILE": tuning.recent_tile,
+        "GROUP": group,
+        "ROWS": row_count(group),
+        "DIM": head_dim,
+        "BATCH": triton.next_power_of_2(batch),
+        "HAS_CAP": has_cap,
+        "INTERPRET": interpreted(),
+    }
     split = {
         **parts,
         **_constants("A", archive),
@@ -172,12 +172,12 @@ def launches(
         "DROPPED": dropped_columns(layout.v_bands),
         "MERGED": 1 if alone else row_count(group),
         "WIDTH": triton.next_power_of_2(head_dim),
-        "STEP": 32 if alone else 4,
+        "STEP": 32 if alone else 1,
         "HAS_BASIS": has_basis,
     }
     return (
         Launch(split_kernel, split, _options(tuning)),
-        Launch(merge_kernel, merge, {"num_warps": 8}),
+        Launch(merge_kernel, merge, {"num_warps": 4}),
     )
 
 
@@ -194,7 +194,7 @@ def _options(tuning: Tuning) -> dict[str, int]:
 
 def _rotate(query: torch.Tensor, basis: torch.Tensor, workspace: DecodeWorkspace) -> torch.Tensor:
     """(batch, kv_heads, group, head_dim) float32 queries in K's component space."""
-    batch, heads, head_dim = query.shape
+    batch, heads, _ = query.shape
     kv_heads = len(basis)
     plain, rotated = workspace.rotated[:, :, : batch * (heads // kv_heads)].unbind(0)
     plain.unflatten(1, (batch, -1)).copy_(query.unflatten(1, (kv_heads, -1)).transpose(0, 1))

@@ -13,6 +13,9 @@ each pair a shift (high nibbles), one or two logic operations and one fused mult
 Outputs are early-clobber: the first is written before the input is read for the last time.
 """
 
+# mypy: ignore-errors
+# Triton compiles these functions; their arguments are its own types, not Python's.
+
 from __future__ import annotations
 
 import torch

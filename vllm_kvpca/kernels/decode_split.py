@@ -19,6 +19,9 @@ tile has 16 rows: up to 8 query heads put hi into rows 0-7 and lo into rows 8-15
 second term is free; more heads take two products.
 """
 
+# mypy: ignore-errors
+# Triton compiles these functions; their arguments are its own types, not Python's.
+
 from __future__ import annotations
 
 import triton
@@ -141,7 +144,7 @@ def _int_product(q, codes, ROWS: tl.constexpr):
 def _codes(base, valid, WIDTH: tl.constexpr, PADDED: tl.constexpr):
     """(tokens, PADDED) codes; zero beyond the width and for tokens that are not valid."""
     j = tl.arange(0, PADDED)
-    if WIDTH == PADDED:
+    if WIDTH == PADDED:  # noqa: SIM108
         mask = valid[:, None]
     else:
         mask = valid[:, None] & (j < WIDTH)[None, :]
