@@ -24,6 +24,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "e2e")]
 from engines import GREEDY, TIE, run  # noqa: E402
 
 COMPRESS = {"compress_after": 256, "keep_recent": 128}
+MEMORY = {"gpu_memory_utilization": 0.3, "kv_cache_memory_bytes": 4 << 30}
 GRAPHS = {"enforce_eager": False, "max_num_seqs": 64}
 SPREAD = 0.6
 """k8v4 quantizes: where codes differ by one step, logits move more than by rounding. Nats."""
@@ -56,7 +57,7 @@ def answers(reference: dict[str, Any], preset: str | None, **llm: Any) -> list[d
     begin = time.monotonic()
     options = {"preset": preset, **COMPRESS} if preset else None
     rounds = [{"prompts": reference["prompts"], "sampling": reference["sampling"]}] * 2
-    result = run(rounds, options, **llm)
+    result = run(rounds, options, **MEMORY, **llm)
     print(f"     {preset} {llm}: {time.monotonic() - begin:.0f} s", flush=True)
     if preset:
         assert result["metrics"]["kvpca_archived_tokens_total"] > 2000
@@ -76,7 +77,9 @@ def check_random_requests(count: int = 500) -> bool:
             for _ in range(count // 3 + 1)
         ]
         rounds.append({"prompts": prompts, "sampling": {**GREEDY, "max_tokens": 150}})
-    result = run(rounds, {"preset": "k8v4", **COMPRESS}, num_gpu_blocks_override=400, **GRAPHS)
+    result = run(
+        rounds, {"preset": "k8v4", **COMPRESS}, num_gpu_blocks_override=400, **MEMORY, **GRAPHS
+    )
     whole = all(len(a["tokens"]) == 150 for answers in result["rounds"] for a in answers)
     returned = result["free_blocks"] == result["usable_blocks"]
     preempted = result["preemptions"]

@@ -79,10 +79,7 @@ def kernels(
 def engine(
     model: Model = str(MODEL),
     preset: Engines = ENGINES,
-    kv_gib: Annotated[float, typer.Option(help="Memory of the KV cache under load, GiB.")] = 10,
-    utilization: Annotated[
-        float, typer.Option(help="gpu_memory_utilization for the tokens that fit.")
-    ] = 0.85,
+    kv_gib: Annotated[float, typer.Option(help="Memory of the KV cache, GiB.")] = 10,
     max_model_len: MaxModelLen = 32768,
     seed: Seed = 0,
     output: Output = RECORDS,
@@ -102,9 +99,8 @@ def engine(
         eager=False,
         seed=seed,
     )
-    results = engine_bench.run(settings, preset, utilization)
+    results = engine_bench.run(settings, preset)
     chosen = settings.model_dump(exclude={"model", "seed", "preset"})
-    chosen["gpu_memory_utilization"] = utilization
     record = make_record("engine", ["bench"], model, chosen, results, seed=seed)
     path = record.write(output)
     console = Console(soft_wrap=True, highlight=False)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from statistics import median
 from typing import Any
 
@@ -24,17 +24,21 @@ DUMMY: dict[str, Any] = {"load_format": "dummy", "skip_tokenizer_init": True}
 
 @dataclass(frozen=True)
 class Load:
-    """Requests that arrive at once; all generate `generated` tokens after `prompt` of them."""
+    """Requests that arrive at once; all generate `generated` tokens after `prompt` of them.
+
+    `fits` says whether all of them find room in the cache together.
+    """
 
     name: str
     requests: int
     prompt: int
     generated: int
+    fits: bool = True
 
 
 LOADS = (
     Load("decode", 32, 4096, 257),
-    Load("memory-limited", 160, 2048, 512),
+    Load("memory-limited", 160, 2048, 512, fits=False),
     Load("below compress_after", 64, 256, 200),
 )
 PROMPTS = (2048, 8192, 32000)
@@ -42,25 +46,8 @@ PROMPTS = (2048, 8192, 32000)
 REPEATS = 3
 
 
-def capacity(settings: EngineSettings, utilization: float) -> dict[str, Any]:
-    """Tokens that fit when vLLM may use this share of the GPU's memory, as it reports them."""
-    return engine.in_process(_capacity, settings, utilization)
-
-
-def _capacity(settings: EngineSettings, utilization: float) -> dict[str, Any]:
-    llm = engine.start(
-        settings,
-        in_core=False,
-        kv_cache_memory_bytes=None,
-        gpu_memory_utilization=utilization,
-        **DUMMY,
-    )
-    cache = llm.llm_engine.vllm_config.cache_config
-    return {"tokens": cache.kv_cache_size_tokens, "blocks": cache.num_gpu_blocks}
-
-
 def measure(settings: EngineSettings) -> dict[str, Any]:
-    """Tokens per second under every load, and milliseconds to the first token."""
+    """Tokens that fit, tokens per second under every load, milliseconds to the first token."""
     return engine.in_process(_measure, settings)
 
 
@@ -95,16 +82,16 @@ def _generate(llm: Any, vocabulary: int, load: Load) -> float:
 
 
 def _load(llm: Any, vocabulary: int, load: Load) -> dict[str, Any]:
-    """Output tokens per second over all, and decoded tokens per second without the prefill."""
-    prefill = _generate(llm, vocabulary, Load(load.name, load.requests, load.prompt, 1))
+    """Generated tokens per second: where all requests run at once without the prefill, which a
+    run with one token each measures; where they take turns, over all."""
+    prefill = _generate(llm, vocabulary, replace(load, generated=1)) if load.fits else 0.0
     seconds = _generate(llm, vocabulary, load)
-    decoded = load.requests * (load.generated - 1)
+    tokens = load.requests * (load.generated - (1 if load.fits else 0))
     return {
         **asdict(load),
         "seconds": seconds,
         "prefill_seconds": prefill,
-        "output_tokens_per_second": load.requests * load.generated / seconds,
-        "decode_tokens_per_second": decoded / (seconds - prefill),
+        "tokens_per_second": tokens / (seconds - prefill),
     }
 
 
@@ -124,29 +111,25 @@ def compare(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 def _ratios(stock: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     loads = {
-        theirs["name"]: {
-            key: theirs[key] / ours[key]
-            for key in ("output_tokens_per_second", "decode_tokens_per_second")
-        }
+        theirs["name"]: theirs["tokens_per_second"] / ours["tokens_per_second"]
         for ours, theirs in zip(stock["loads"], other["loads"], strict=True)
     }
     ours_ms, theirs_ms = (x["first_token_milliseconds"] for x in (stock, other))
     return {
-        "tokens": other["capacity"]["tokens"] / stock["capacity"]["tokens"],
+        "tokens": other["tokens"] / stock["tokens"],
         "loads": loads,
         "first_token_time": {length: theirs_ms[length] / ours_ms[length] for length in ours_ms},
     }
 
 
-def run(settings: EngineSettings, names: Sequence[str], utilization: float) -> dict[str, Any]:
+def run(settings: EngineSettings, names: Sequence[str]) -> dict[str, Any]:
     """Every engine in turn: stock, stock-fp8, and presets by name."""
     results: dict[str, dict[str, Any]] = {}
     for name in names:
         chosen = _settings(settings, name)
-        results[name] = {
-            "capacity": capacity(chosen.model_copy(update={"eager": True}), utilization),
-            **measure(chosen),
-        }
+        begin = time.monotonic()
+        results[name] = measure(chosen)
+        print(f"{name}: {time.monotonic() - begin:.0f} s, {results[name]}", flush=True)
     return compare(results)
 
 

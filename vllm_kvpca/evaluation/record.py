@@ -221,7 +221,10 @@ def source_state() -> tuple[str | None, bool | None]:
     """Commit of the source tree this package runs from, and whether its files differ from it.
 
     As it is at the first call: engines run for minutes, and the tree may change meanwhile.
+    KVPCA_SOURCE_COMMIT names the commit of a clean tree that travelled without its git folder.
     """
+    if "KVPCA_SOURCE_COMMIT" in os.environ:
+        return os.environ["KVPCA_SOURCE_COMMIT"], False
     tree = Path(__file__).resolve().parents[2]
 
     def git(*arguments: str) -> subprocess.CompletedProcess[str]:

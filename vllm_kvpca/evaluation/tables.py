@@ -181,13 +181,10 @@ def _engine(record: Record) -> list[list[str]]:
     rows = []
     for name, found in results["engines"].items():
         against = results["against_stock"][name]
-        cells = [f"{found['capacity']['tokens']:,} ({against['tokens']:.2f}x)"]
+        cells = [f"{found['tokens']:,} ({against['tokens']:.2f}x)"]
         for load in found["loads"]:
-            key = "decode_tokens_per_second"
-            if load["name"] == "memory-limited":
-                key = "output_tokens_per_second"
-            ratio = against["loads"][load["name"]][key]
-            cells.append(f"{load[key]:,.0f} ({ratio:.2f}x)")
+            ratio = against["loads"][load["name"]]
+            cells.append(f"{load['tokens_per_second']:,.0f} ({ratio:.2f}x)")
         for length, milliseconds in found["first_token_milliseconds"].items():
             ratio = against["first_token_time"][length]
             cells.append(f"{milliseconds:,.0f} ms ({ratio:.2f}x)")

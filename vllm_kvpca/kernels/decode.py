@@ -24,6 +24,7 @@ from vllm_kvpca.kernels.decode_plan import (
     Part,
     Tuning,
     archive_part,
+    batch_lanes,
     dropped_columns,
     make_workspace,
     recent_part,
@@ -154,7 +155,7 @@ def launches(
         "GROUP": group,
         "ROWS": row_count(group),
         "DIM": head_dim,
-        "BATCH": triton.next_power_of_2(batch),
+        "BATCH": batch_lanes(batch),
         "HAS_CAP": has_cap,
         "INTERPRET": interpreted(),
     }

@@ -39,11 +39,11 @@ class Tuning:
         registers: most registers of a thread, or None for the compiler's choice.
     """
 
-    archive_tile: int = 32
-    recent_tile: int = 32
-    warps: int = 2
+    archive_tile: int = 16
+    recent_tile: int = 16
+    warps: int = 1
     stages: int = 3
-    programs: int = 8
+    programs: int = 16
     waves: int = 1
     registers: int | None = 128
 
@@ -106,6 +106,12 @@ def make_workspace(
         target=target,
         tuning=tuning,
     )
+
+
+def batch_lanes(batch: int) -> int:
+    """Lanes in which a program looks at all sequences: few sizes, so that CUDA graphs of many
+    batch sizes share a compiled kernel."""
+    return next((lanes for lanes in (16, 64, 256) if batch <= lanes), 1 << (batch - 1).bit_length())
 
 
 def multiprocessors(device: torch.device) -> int:
