@@ -91,6 +91,7 @@ def read_bandwidth(size: int = 1 << 31) -> float:
 def _time(call: Call, sets: int) -> float:
     """Seconds of one call: median over replays of a graph with one call for each set."""
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())  # which still fills the caches
     with torch.cuda.stream(stream):
         for index in range(sets):  # compiles, and allocates what the calls keep
             call(index)

@@ -19,7 +19,12 @@ from vllm_kvpca.evaluation.load import random_prompts
 
 STOCK_FP8 = "stock-fp8"
 """In place of a preset: vLLM without compression, K and V in fp8."""
-DUMMY: dict[str, Any] = {"load_format": "dummy", "skip_tokenizer_init": True}
+DUMMY: dict[str, Any] = {
+    "load_format": "dummy",
+    "skip_tokenizer_init": True,
+    # Fewer than vLLM's default: a start takes less time, and every engine gets the same.
+    "compilation_config": {"cudagraph_capture_sizes": [1, 4, 16, 32, 64, 128, 192, 256]},
+}
 
 
 @dataclass(frozen=True)

@@ -167,8 +167,5 @@ def _device() -> str:
     import torch
 
     if torch.cuda.is_available():
-        return (
-            f"{torch.cuda.get_device_name(0)}; kernels are torch code in this version, correct "
-            "but not yet fast on a GPU"
-        )
+        return f"{torch.cuda.get_device_name(0)}: Triton kernels and FlashAttention"
     return "no GPU: vLLM serves on the CPU"
