@@ -15,6 +15,9 @@ from pathlib import Path
 
 import pytest
 
+from vllm_kvpca.errors import UnsupportedError
+from vllm_kvpca.kernels.decode_plan import MAX_GROUP, row_count
+
 pytest.importorskip("triton")
 
 WORKER = Path(__file__).parents[1] / "gpu" / "check_decode.py"
@@ -64,3 +67,8 @@ def test_compiles_for(capability, name):
     command = [sys.executable, str(WORKER), f"compile:{name},{capability}"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_too_many_query_heads_are_refused_with_the_way_out():
+    with pytest.raises(UnsupportedError, match="without --kv-compression-preset"):
+        row_count(MAX_GROUP + 1)

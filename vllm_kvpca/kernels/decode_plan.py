@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from vllm_kvpca.codec.bands import RAW_BITS, RAW_BYTES, Band
+from vllm_kvpca.errors import UnsupportedError
 from vllm_kvpca.pages.layout import ArchiveLayout, raw_token_bytes
 
 Pieces = tuple[tuple[int, ...], ...]
@@ -123,7 +124,10 @@ def multiprocessors(device: torch.device) -> int:
 def row_count(group: int) -> int:
     """Rows of a program: query heads of one KV head, padded to half or all of an MMA tile."""
     if group > MAX_GROUP:
-        raise ValueError(f"{group} query heads per KV head: the kernel takes up to {MAX_GROUP}.")
+        raise UnsupportedError(
+            f"{group} query heads share a KV head, and the decode kernel takes up to {MAX_GROUP}: "
+            "serve this model without --kv-compression-preset."
+        )
     return 8 if group <= 8 else 16
 
 

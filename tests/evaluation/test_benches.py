@@ -1,0 +1,69 @@
+"""What the GPU benches make of their measurements; measuring itself needs a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from vllm_kvpca.cli.main import app
+from vllm_kvpca.evaluation import decode_bench, engine_bench, tables
+from vllm_kvpca.evaluation.engine import STOCK
+
+
+def row(shape, contender, microseconds, gigabytes=1000.0):
+    return {
+        "shape": shape,
+        "contender": contender,
+        "token_head_bytes": 512,
+        "microseconds": microseconds,
+        "gigabytes_per_second": gigabytes,
+    }
+
+
+def test_kernels_are_compared_with_flash_attention_of_the_same_shape():
+    rows = [row("1x8", "fa3-bf16", 10.0), row("1x8", "k8v4", 4.0), row("2x8", "k8v4", 5.0)]
+    results = decode_bench.compare(rows, bandwidth=2000.0)
+    assert [r["against_fa3_bf16"] for r in results["rows"]] == [1.0, 2.5, None]
+    assert [r["share_of_read_bandwidth"] for r in results["rows"]] == [0.5] * 3
+
+
+def test_more_sets_of_blocks_where_one_would_fit_the_cache():
+    assert decode_bench.Shape(64, 4096).sets(512) == 1
+    small = decode_bench.Shape(1, 32768)
+    assert small.sets(196) * small.context * small.kv_heads * 196 >= 150e6
+
+
+def engine(tokens, speed, milliseconds):
+    return {
+        "tokens": tokens,
+        "loads": [{"name": load.name, "tokens_per_second": speed} for load in engine_bench.LOADS],
+        "first_token_milliseconds": {"2048": milliseconds},
+    }
+
+
+def test_engines_are_compared_with_stock():
+    results = engine_bench.compare(
+        {STOCK: engine(100, 10.0, 50.0), "k8v4": engine(240, 15.0, 55.0)}
+    )
+    against = results["against_stock"]["k8v4"]
+    assert against["tokens"] == 2.4
+    assert set(against["loads"].values()) == {1.5}
+    assert against["first_token_time"] == {"2048": 1.1}
+
+
+def test_every_engine_and_kernel_gets_its_line(make):
+    results = engine_bench.compare({STOCK: engine(100, 10.0, 50.0), "k8v4": engine(240, 15, 55)})
+    text = tables.table("engine", [make(kind="engine", slug="e", results=results)])
+    assert "| `k8v4` | 240 (2.40x) | 15 (1.50x) |" in text
+    rows = decode_bench.compare([row("1x8", "fa3-bf16", 10.0), row("1x8", "k8v4", 4.0)], 2000.0)
+    text = tables.table("kernels", [make(kind="kernels", slug="k", results=rows)])
+    assert "| 1 x 8 | `k8v4` | 512 | 4.0 | 1,000 | 50% | 2.50x |" in text
+
+
+@pytest.mark.parametrize("what", ["kernels", "engine"])
+def test_without_a_gpu_the_bench_says_so(what, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    result = CliRunner().invoke(app, ["bench", what])
+    assert result.exit_code == 1
+    assert "NVIDIA GPU" in result.output
