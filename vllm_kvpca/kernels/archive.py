@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from vllm_kvpca.codec.policy import Policy
-from vllm_kvpca.kernels.band_table import check_last_dim, layout_constants
+from vllm_kvpca.kernels.band_table import check_last_dim, checked_basis, layout_constants
 from vllm_kvpca.kernels.layer_codec import LayerCodec
 from vllm_kvpca.kernels.starts import boundary
 
@@ -66,8 +66,8 @@ def archive(
         recent,
         key,
         value,
-        _checked(codec.k_basis),
-        _checked(codec.v_basis),
+        checked_basis(codec.k_basis),
+        checked_basis(codec.v_basis),
         (
             *pages.stride()[:2],
             *recent.stride()[:3],
@@ -99,12 +99,6 @@ def _tiles(max_new: int, policy: Policy) -> int:
         return DECODE_TILES
     # As a rule a step archives its new tokens' number, give or take one alignment.
     return min(MAX_TILES, triton.cdiv(max_new + policy.align, TILE_TOKENS))
-
-
-def _checked(basis: torch.Tensor | None) -> torch.Tensor | None:
-    if basis is not None and not (basis.is_contiguous() and basis.dtype == torch.float32):
-        raise ValueError("a basis must be contiguous float32.")
-    return basis
 
 
 # Slices of a batch's tensors start anywhere, and tables have any width: specializing on that

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from vllm_kvpca.codec.bands import QMAX, Band
 from vllm_kvpca.pages.layout import ArchiveLayout, Region
 
@@ -49,3 +51,14 @@ def check_last_dim(**tensors: object) -> None:
     for name, tensor in tensors.items():
         if tensor.stride(-1) != 1:  # type: ignore[attr-defined]
             raise ValueError(f"the last dimension of {name} must be contiguous.")
+
+
+def checked_basis(basis: torch.Tensor | None) -> torch.Tensor | None:
+    """The basis, if it is as the kernels read it: rows of contiguous float32.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if basis is not None and not (basis.is_contiguous() and basis.dtype == torch.float32):
+        raise ValueError("a basis must be contiguous float32.")
+    return basis

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_kvpca.kernels.band_table import check_last_dim, layout_constants
+from vllm_kvpca.kernels.band_table import check_last_dim, checked_basis, layout_constants
 from vllm_kvpca.kernels.layer_codec import LayerCodec
 
 ARCHIVE_TILE = 64
@@ -65,8 +65,8 @@ def gather(
     out = (out_k, out_v, (*out_k.stride()[:2], *out_v.stride()[:2]))
     _gather_archive_kernel[(triton.cdiv(max_length, ARCHIVE_TILE), 2 * heads, len(lengths))](
         pages,
-        _checked(codec.k_basis),
-        _checked(codec.v_basis),
+        checked_basis(codec.k_basis),
+        checked_basis(codec.v_basis),
         starts,
         archive_table,
         offsets,
@@ -98,12 +98,6 @@ def gather(
         WIDTH=width,
         TILE=RAW_TILE,
     )
-
-
-def _checked(basis: torch.Tensor | None) -> torch.Tensor | None:
-    if basis is not None and not (basis.is_contiguous() and basis.dtype == torch.float32):
-        raise ValueError("a basis must be contiguous float32.")
-    return basis
 
 
 # Slices of a batch's tensors start anywhere, and tables have any width: specializing on that
