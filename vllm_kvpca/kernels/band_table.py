@@ -1,13 +1,17 @@
-"""Bands as the plain integers that Triton kernels unroll over."""
+"""Bands as the plain integers that Triton kernels unroll over, and where their codes lie."""
+# Triton reads annotations of kernel parameters, so only tl.constexpr is annotated.
+# mypy: allow-untyped-defs, allow-incomplete-defs
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
+import triton
+import triton.language as tl
 
 from vllm_kvpca.codec.bands import QMAX, Band
-from vllm_kvpca.pages.layout import ArchiveLayout, Region
+from vllm_kvpca.pages.layout import TOGETHER, ArchiveLayout, Region
 
 BandRow = tuple[int, int, int, int, int]
 """(bits, width, first component, first code byte of the token, index of the scale)."""
@@ -28,14 +32,28 @@ def band_table(bands: Sequence[Band]) -> tuple[BandRow, ...]:
 def layout_constants(layout: ArchiveLayout) -> dict[str, object]:
     """Keyword arguments (all tl.constexpr) of a kernel that touches archive pages."""
     return {
-        "K_CODES": _region(layout.k_codes),
+        "K_CODES": (*_region(layout.k_codes), 1),
         "K_SCALES": _region(layout.k_scales),
         "K_BANDS": band_table(layout.k_bands),
-        "V_CODES": _region(layout.v_codes),
+        "V_CODES": (*_region(layout.v_codes), TOGETHER),
         "V_SCALES": _region(layout.v_scales),
         "V_BANDS": band_table(layout.v_bands),
         "ARCHIVE_BLOCK": layout.block_size,
     }
+
+
+@triton.jit
+def code_rows(page, token, CODES: tl.constexpr, BYTE: tl.constexpr, kind: tl.constexpr):
+    """Pointers of type `kind` to a band's first code of each token; the next is CODES[2] further.
+
+    Args:
+        page: (tokens,) pointers to the head's part of each token's page. token: in the block.
+        CODES: (offset, width, tokens that lie together) of the region. BYTE: the band's first.
+    """
+    together: tl.constexpr = CODES[2]
+    size: tl.constexpr = kind.primitive_bitwidth // 8
+    row = token // together * (together * CODES[1]) + BYTE * together + token % together * size
+    return (page + CODES[0] + row).to(tl.pointer_type(kind))
 
 
 def _region(region: Region) -> tuple[int, int]:

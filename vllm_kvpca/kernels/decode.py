@@ -1,10 +1,11 @@
 """Decode attention on a GPU: one new token per sequence over archive, recent and itself.
 
-Two kernels, or three launches with a basis for K: split-KV programs attend to chunks of the
-two caches (decode_split), then one kernel merges a sequence's chunks, rotates V's components
-back to head space, once per query head, and adds the new token (decode_merge). The host
-reads nothing back and its launches depend on shapes alone, so all of it can be captured in a
-CUDA graph.
+Once per step, plan_decode lists chunks of the two caches (decode_chunks). Then, in every
+layer, split-KV programs attend to a chunk each (decode_split), and one kernel merges a
+sequence's chunks, rotates V's components back to head space, once per query head, and adds
+the new token (decode_merge); a basis for K costs two more small launches. The host reads
+nothing back and its launches depend on shapes alone, so all of it can be captured in a CUDA
+graph.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
+from vllm_kvpca.kernels.decode_chunks import CHUNK_FIELDS, LISTED, SPAN_FIELDS, chunks_kernel
 from vllm_kvpca.kernels.decode_merge import merge_kernel
 from vllm_kvpca.kernels.decode_ops import triton_dtype
 from vllm_kvpca.kernels.decode_plan import (
@@ -34,7 +36,7 @@ from vllm_kvpca.kernels.decode_split import split_kernel
 from vllm_kvpca.kernels.layer_codec import LayerCodec
 from vllm_kvpca.pages.layout import ArchiveLayout, raw_token_bytes
 
-__all__ = ["DecodeWorkspace", "Tuning", "decode", "make_workspace"]
+__all__ = ["DecodeWorkspace", "Tuning", "decode", "make_workspace", "plan_decode"]
 
 LOG2E = 1.4426950408889634
 LEAST_TOKENS = 64
@@ -48,6 +50,39 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def plan_decode(
+    starts: torch.Tensor,
+    lengths: torch.Tensor,
+    layout: ArchiveLayout,
+    raw_block: int,
+    workspace: DecodeWorkspace,
+) -> None:
+    """List the chunks of a step in the workspace, for all layers that share it.
+
+    Args:
+        starts, lengths: see `decode`.
+    """
+    if not len(lengths):
+        return
+    tuning, capacity = workspace.tuning, len(workspace.chunks)
+    archive, raw = archive_part(layout), recent_part(layout.head_dim, raw_block)
+    chunks_kernel[(triton.cdiv(capacity, LISTED),)](
+        *(starts, lengths, workspace.chunks, workspace.spans),
+        *(len(lengths), capacity, workspace.target),
+        LEAST_TOKENS * raw_token_bytes(layout.head_dim) // COST_BYTES,
+        A_COST=archive.cost,
+        A_BLOCK=archive.block,
+        A_TILE=tuning.archive_tile,
+        R_COST=raw.cost,
+        R_BLOCK=raw.block,
+        R_TILE=tuning.recent_tile,
+        BATCH=batch_lanes(len(lengths)),
+        LISTED=LISTED,
+        CHUNK_FIELDS=CHUNK_FIELDS,
+        SPAN_FIELDS=SPAN_FIELDS,
+    )
+
+
 def decode(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -56,7 +91,6 @@ def decode(
     pages: torch.Tensor,
     recent_table: torch.Tensor,
     archive_table: torch.Tensor,
-    starts: torch.Tensor,
     lengths: torch.Tensor,
     codec: LayerCodec,
     scale: float,
@@ -64,7 +98,8 @@ def decode(
     out: torch.Tensor,
     workspace: DecodeWorkspace,
 ) -> None:
-    """Attention of one new token per sequence, written into `out`.
+    """Attention of one new token per sequence, written into `out`, after `plan_decode` with
+    starts (batch,) int32: tokens [0, start) are archived, [start, length - 1) recent.
 
     Args:
         query, out: (batch, heads, head_dim) in the model's dtype, last dimension contiguous.
@@ -73,7 +108,6 @@ def decode(
         recent: (blocks, kv_heads, raw_block, 2 * head_dim); a head's part contiguous.
         pages: (blocks, kv_heads, head_bytes) uint8; a head's part contiguous.
         recent_table, archive_table: (batch, width) int32 block ids.
-        starts: (batch,) int32; tokens [0, start) are archived, [start, length - 1) recent.
         lengths: (batch,) int32, tokens with the new one; 0 for a row of padding, of which
             nothing is read and whose output is 0.
         scale: factor on the scores. soft_cap: see kernels.softmax.partial_attention.
@@ -94,12 +128,11 @@ def decode(
     )  # fmt: skip
     common = (
         *(workspace.sums, workspace.maxima, workspace.weights),
-        *(batch, workspace.target, LEAST_TOKENS * raw_token_bytes(head_dim) // COST_BYTES),
         *(scale if soft_cap else scale * LOG2E, float(soft_cap or 0.0)),
     )
     recent_bytes = recent.view(torch.uint8)
     split_kernel[(kv_heads, workspace.target + 2 * batch)](
-        *(query, rotated, recent_bytes, pages, recent_table, archive_table, starts, lengths),
+        *(query, rotated, recent_bytes, pages, recent_table, archive_table, workspace.chunks),
         *common,
         *(query.stride(0), query.stride(1)),
         *rotated.stride()[:3],
@@ -109,7 +142,7 @@ def decode(
         **split.options,
     )
     merge_kernel[(batch, kv_heads, -(-group // merge.constants["MERGED"]))](
-        *(query, key, value, out, codec.v_basis, starts, lengths, kv_heads),
+        *(query, key, value, out, codec.v_basis, lengths, workspace.spans, kv_heads),
         *common,
         *(query.stride(0), query.stride(1), key.stride(0), key.stride(1)),
         *(value.stride(0), value.stride(1), out.stride(0), out.stride(1)),
@@ -147,39 +180,47 @@ def launches(
     """How the split and the merge kernel are compiled for one kind of batch."""
     tuning = tuning or Tuning()
     archive, raw = archive_part(layout), recent_part(head_dim, raw_block)
-    parts: dict[str, Any] = {
-        "A_COST": archive.cost,
-        "A_TILE": tuning.archive_tile,
-        "R_COST": raw.cost,
-        "R_TILE": tuning.recent_tile,
+    shared: dict[str, Any] = {
         "GROUP": group,
         "ROWS": row_count(group),
         "DIM": head_dim,
-        "BATCH": batch_lanes(batch),
         "HAS_CAP": has_cap,
-        "INTERPRET": interpreted(),
     }
     split = {
-        **parts,
+        **shared,
         **_constants("A", archive),
         **_constants("R", raw),
+        "A_TILE": tuning.archive_tile,
+        "A_PERMUTED": archive.permuted,
+        "R_TILE": tuning.recent_tile,
+        "CHUNK_FIELDS": CHUNK_FIELDS,
         "DTYPE": triton_dtype(dtype),
+        "INTERPRET": interpreted(),
     }
     # Few programs: one per query head, so that many read a sequence's many chunks. Many
     # programs: one per KV head, so that the basis is read once for its query heads.
     alone = batch * kv_heads <= FEW_MERGES
     merge = {
-        **parts,
+        **shared,
         "DROPPED": dropped_columns(layout.v_bands),
         "MERGED": 1 if alone else row_count(group),
         "WIDTH": triton.next_power_of_2(head_dim),
         "STEP": 32 if alone else 1,
+        "SPAN_FIELDS": SPAN_FIELDS,
         "HAS_BASIS": has_basis,
+        "PRECISION": _basis_precision(dtype),
     }
     return (
         Launch(split_kernel, split, _options(tuning)),
         Launch(merge_kernel, merge, {"num_warps": 4}),
     )
+
+
+def _basis_precision(dtype: torch.dtype) -> str:
+    """Of the product with V's basis: tf32 keeps 11 bits, more than a bfloat16 result."""
+    if interpreted():
+        return "ieee"
+    return "tf32" if dtype == torch.bfloat16 else "tf32x3"
 
 
 def _constants(prefix: str, part: Part) -> dict[str, object]:

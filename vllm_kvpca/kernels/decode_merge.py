@@ -9,7 +9,6 @@ import triton
 import triton.language as tl
 
 from vllm_kvpca.kernels.decode_ops import capped, fold, unfold
-from vllm_kvpca.kernels.decode_split import chunk_lists
 
 
 @triton.jit
@@ -50,19 +49,19 @@ def _merge_chunks(
 
 @triton.jit
 def merge_kernel(
-    query, key, value, out, basis, starts, lengths, kv_heads,
-    sums_ptr, maxima_ptr, weights_ptr, batch, target, least, score_scale, soft_cap,
+    query, key, value, out, basis, lengths, spans, kv_heads,
+    sums_ptr, maxima_ptr, weights_ptr, score_scale, soft_cap,
     q_stride_b, q_stride_h, k_stride_b, k_stride_h, v_stride_b, v_stride_h,
     o_stride_b, o_stride_h, b_stride_h, b_stride_d, b_stride_c,
-    A_COST: tl.constexpr, A_TILE: tl.constexpr, R_COST: tl.constexpr, R_TILE: tl.constexpr,
     DROPPED: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, MERGED: tl.constexpr,
-    DIM: tl.constexpr, WIDTH: tl.constexpr, STEP: tl.constexpr, BATCH: tl.constexpr,
-    HAS_CAP: tl.constexpr, HAS_BASIS: tl.constexpr, INTERPRET: tl.constexpr,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, STEP: tl.constexpr, SPAN_FIELDS: tl.constexpr,
+    HAS_CAP: tl.constexpr, HAS_BASIS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (batch, kv_heads, ceil(GROUP / MERGED)): MERGED query heads at a time, 1 or ROWS.
 
     Args:
         basis: (kv_heads, DIM, DIM) float32, V's, any strides; WIDTH is DIM as a power of two.
+        spans: see decode_chunks.
         STEP: chunks read at a time. DROPPED: columns that no chunk has written.
     """
     sequence = tl.program_id(0)
@@ -70,14 +69,11 @@ def merge_kernel(
     row = tl.program_id(2) * MERGED + tl.arange(0, MERGED)
     in_group = row < GROUP
     column = tl.arange(0, WIDTH)
-    _, _, a_count, _, _, r_count = chunk_lists(
-        starts, lengths, batch, target, least, A_COST, R_COST, A_TILE, R_TILE, BATCH
-    )
-    i = tl.arange(0, BATCH)
-    a_first = tl.sum(tl.where(i < sequence, a_count, 0))
-    r_first = tl.sum(a_count) + tl.sum(tl.where(i < sequence, r_count, 0))
-    a_mine = tl.sum(tl.where(i == sequence, a_count, 0))
-    r_mine = tl.sum(tl.where(i == sequence, r_count, 0))
+    span = spans + sequence * SPAN_FIELDS
+    a_first = tl.load(span)
+    a_count = tl.load(span + 1)
+    r_first = tl.load(span + 2)
+    r_count = tl.load(span + 3)
 
     s64 = sequence.to(tl.int64)
     h64 = head.to(tl.int64)
@@ -89,11 +85,11 @@ def merge_kernel(
         return
 
     components, a_top, a_weight = _merge_chunks(
-        sums_ptr, maxima_ptr, weights_ptr, a_first, a_mine, kv_heads, head, row, in_group, column,
+        sums_ptr, maxima_ptr, weights_ptr, a_first, a_count, kv_heads, head, row, in_group, column,
         DROPPED, DIM, ROWS, MERGED, WIDTH, STEP,
     )  # fmt: skip
     r_sums, r_top, r_weight = _merge_chunks(
-        sums_ptr, maxima_ptr, weights_ptr, r_first, r_mine, kv_heads, head, row, in_group, column,
+        sums_ptr, maxima_ptr, weights_ptr, r_first, r_count, kv_heads, head, row, in_group, column,
         (), DIM, ROWS, MERGED, WIDTH, STEP,
     )  # fmt: skip
 
@@ -119,10 +115,7 @@ def merge_kernel(
             result += tl.sum(tl.reshape(components, (WIDTH, 1)) * b, 0)[None, :]
         else:
             components = unfold(components, MERGED)
-            if INTERPRET:
-                rotated = tl.dot(components, b, input_precision="ieee")
-            else:
-                rotated = tl.dot(components, b, input_precision="tf32x3")
+            rotated = tl.dot(components, b, input_precision=PRECISION)
             if MERGED == 8:  # rows 8 to 15 are rows 0 to 7 once more
                 rotated = fold(rotated, MERGED) * 0.5
             result += rotated

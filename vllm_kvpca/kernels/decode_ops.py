@@ -1,16 +1,15 @@
-"""Codes to numbers, inside Triton kernels.
+"""Numbers in the shape that a tensor core wants, inside Triton kernels.
 
-A tensor core wants bfloat16 or int8 operands; converting integers with the conversion unit
-costs four times an ordinary instruction. These functions put the code's bits into the
-mantissa of a constant instead and take the constant off again; every step is exact:
+Integer products run on int8 operands, so codes go into them as they are:
 
-    nibble n    bits of 128.0 | n = 128 + n, minus 136 = n - 8
-    int8 x      bits of 128.0 | (x & 127), minus 128 if x >= 0, else 256 = x
+    int8      as stored
+    nibbles   16 times the value: the byte's upper four bits in place, the lower four shifted
+              there; one shift and two logic operations for the eight codes of a register
 
-(128 + n fits bfloat16's seven mantissa bits; the 256 is 128 with x's sign bit added to the
-exponent.) Four bytes arrive in one register and leave as pairs: two byte permutes, and for
-each pair a shift (high nibbles), one or two logic operations and one fused multiply-add.
-Outputs are early-clobber: the first is written before the input is read for the last time.
+The other operand (queries, weights) is int8 in two terms, x = hi + lo / HI with |hi|, |lo|
+up to 127, which keeps 15 bits of it. A matrix instruction has 16 rows: up to 8 query heads
+put hi into rows 0-7 and lo into rows 8-15, so that the second term is free; more heads take
+two products.
 """
 
 # mypy: ignore-errors
@@ -23,72 +22,89 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
+HI = tl.constexpr(254)
+LEVELS = tl.constexpr(127.0)
+"""Largest hi."""
+NIBBLE_UNIT = tl.constexpr(16)
+_ROUNDING = tl.constexpr(12582912.0)
+"""1.5 * 2^23: a float32 sum with it has no room for a fraction, and its low byte is the
+integer's. One addition each way instead of a slow conversion."""
 
 _NIBBLES = tl.constexpr("""{
-    .reg .b32 a, b, x, one, low;
-    mov.b32 one, 0x3F803F80;
-    mov.b32 low, 0xC308C308;
-    prmt.b32 a, $4, 0, 0x4140;
-    prmt.b32 b, $4, 0, 0x4342;
-    lop3.b32 x, a, 0x000F000F, 0x43004300, 0xEA;
-    fma.rn.bf16x2 $0, x, one, low;
-    lop3.b32 x, b, 0x000F000F, 0x43004300, 0xEA;
-    fma.rn.bf16x2 $1, x, one, low;
-    shr.u32 a, a, 4;
-    shr.u32 b, b, 4;
-    lop3.b32 x, a, 0x000F000F, 0x43004300, 0xEA;
-    fma.rn.bf16x2 $2, x, one, low;
-    lop3.b32 x, b, 0x000F000F, 0x43004300, 0xEA;
-    fma.rn.bf16x2 $3, x, one, low;
-}""")
-
-_INT8 = tl.constexpr("""{
-    .reg .b32 a, x, y, one;
-    mov.b32 one, 0x3F803F80;
-    prmt.b32 a, $2, 0, 0x4140;
-    lop3.b32 x, a, 0x007F007F, 0x43004300, 0xEA;
-    lop3.b32 y, a, 0x00800080, 0xC300C300, 0xEA;
-    fma.rn.bf16x2 $0, x, one, y;
-    prmt.b32 a, $2, 0, 0x4342;
-    lop3.b32 x, a, 0x007F007F, 0x43004300, 0xEA;
-    lop3.b32 y, a, 0x00800080, 0xC300C300, 0xEA;
-    fma.rn.bf16x2 $1, x, one, y;
+    .reg .b32 a;
+    shl.b32 a, $2, 4;
+    and.b32 $0, a, 0xF0F0F0F0;
+    and.b32 $1, $2, 0xF0F0F0F0;
 }""")
 
 
 @triton.jit
 def nibbles(codes, INTERPRET: tl.constexpr):
-    """Values of the low and of the high nibbles of uint8 codes: two tensors, -8 to 7."""
+    """NIBBLE_UNIT times the values of the low and of the high nibbles: two int8 tensors."""
     if INTERPRET:
-        low = (codes & 15).to(tl.float32) - 8
-        high = (codes >> 4).to(tl.float32) - 8
-    else:
+        low = ((codes & 15) << 4).to(tl.int8, bitcast=True)
+        high = (codes & 240).to(tl.int8, bitcast=True)
+    else:  # outputs are early-clobber: $0 is written before $2 is read for the last time
         low, high = tl.inline_asm_elementwise(
-            _NIBBLES,
-            "=&r,=&r,=&r,=&r,r",
-            [codes],
-            dtype=(tl.bfloat16, tl.bfloat16),
-            is_pure=True,
-            pack=4,
+            _NIBBLES, "=&r,=&r,r", [codes], dtype=(tl.int8, tl.int8), is_pure=True, pack=4
         )
     return low, high
 
 
 @triton.jit
-def int8_values(codes, INTERPRET: tl.constexpr):
-    """Values of uint8 codes that hold int8 numbers."""
-    if INTERPRET:
-        values = codes.to(tl.int8, bitcast=True).to(tl.float32)
+def two_terms(x):
+    """(hi, lo) int8 of numbers in [-LEVELS, LEVELS]."""
+    rounded = x + _ROUNDING
+    rest = (x - (rounded - _ROUNDING)) * HI + _ROUNDING
+    hi = rounded.to(tl.int32, bitcast=True).to(tl.int8)
+    return hi, rest.to(tl.int32, bitcast=True).to(tl.int8)
+
+
+@triton.jit
+def stacked(hi, lo):
+    """(8, n) twice: (16, n), within each thread. Not by tl.join, which Triton takes as a sign
+    of operands narrower than these, and then loads codes byte by byte."""
+    first = (tl.arange(0, 2) == 0)[:, None, None]
+    return tl.reshape(tl.where(first, hi[None, :, :], lo[None, :, :]), (16, hi.shape[1]))
+
+
+@triton.jit
+def int_product(terms, codes, ROWS: tl.constexpr):
+    """(ROWS, n) float32: HI times the product of two-term rows with int8 codes (k, n).
+
+    Args:
+        terms: (hi, lo), each (16, k); with 8 rows both are the same stacked tensor.
+    """
+    s = tl.dot(terms[0], codes, out_dtype=tl.int32)
+    if ROWS == 8:
+        s = fold(s * tl.where(tl.arange(0, 16) < 8, HI, 1)[:, None], ROWS)
     else:
-        values = tl.inline_asm_elementwise(
-            _INT8, "=&r,=&r,r", [codes], dtype=tl.bfloat16, is_pure=True, pack=4
-        )
-    return values
+        s = s * HI + tl.dot(terms[1], codes, out_dtype=tl.int32)
+    return s.to(tl.float32)
+
+
+@triton.jit
+def product_order(x, TILE: tl.constexpr):
+    """The tokens of a product's columns, in order, if its columns were `permuted_tokens`."""
+    x = tl.reshape(x, (x.shape[0], TILE // 16, 2, 4, 2))
+    return tl.reshape(tl.permute(x, (0, 1, 3, 2, 4)), (x.shape[0], TILE))
+
+
+@triton.jit
+def permuted_tokens(TILE: tl.constexpr):
+    """The token of each column in a product with K, so that the weights that follow from it
+    are already where the product with V wants them.
+
+    A thread holds columns 8 j + 2 i + b of an int32 product (i is the thread, b is 0 or 1) and
+    must hold columns 16 j + 4 i + 0..3 of the int8 operand of the next product.
+    """
+    column = tl.arange(0, TILE)
+    return column // 16 * 16 + column % 8 // 2 * 4 + column // 8 % 2 * 2 + column % 2
 
 
 @triton.jit
 def fold(x, ROWS: tl.constexpr):
-    """Sums of the two halves of (16, tokens): (8, tokens), within each thread."""
+    """Sums of the two halves of (16, n): (8, n), within each thread."""
     if ROWS == 16:
         return x
     else:
@@ -97,7 +113,7 @@ def fold(x, ROWS: tl.constexpr):
 
 @triton.jit
 def unfold(x, ROWS: tl.constexpr):
-    """(8, tokens) twice: (16, tokens), within each thread."""
+    """(8, n) twice: (16, n), within each thread."""
     if ROWS == 16:
         return x
     else:

@@ -16,7 +16,8 @@ import torch
 
 from vllm_kvpca.codec.bands import RAW_BITS, RAW_BYTES, Band
 from vllm_kvpca.errors import UnsupportedError
-from vllm_kvpca.pages.layout import ArchiveLayout, raw_token_bytes
+from vllm_kvpca.kernels.decode_chunks import CHUNK_FIELDS, SPAN_FIELDS
+from vllm_kvpca.pages.layout import TOGETHER, ArchiveLayout, raw_token_bytes
 
 Pieces = tuple[tuple[int, ...], ...]
 MAX_GROUP = 16
@@ -40,11 +41,11 @@ class Tuning:
         registers: most registers of a thread, or None for the compiler's choice.
     """
 
-    archive_tile: int = 16
+    archive_tile: int = 32
     recent_tile: int = 16
     warps: int = 1
     stages: int = 3
-    programs: int = 16
+    programs: int = 12
     waves: int = 1
     registers: int | None = 128
 
@@ -57,6 +58,7 @@ class DecodeWorkspace:
         sums: (chunks, kv_heads, rows, head_dim) float32, unnormalized sums of one chunk.
         maxima, weights: (chunks, kv_heads, rows) float32, the largest score (base-2 units)
             and the sum of 2^(score - largest).
+        chunks, spans: (capacity, 8) and (max_batch, 4) int32, see decode_chunks.
         rotated: (2, kv_heads, max_batch * group, head_dim) float32, queries in their own and
             in K's component space.
         target: chunks per KV head to aim at; a batch has at most target + 2 * batch.
@@ -66,13 +68,15 @@ class DecodeWorkspace:
     sums: torch.Tensor
     maxima: torch.Tensor
     weights: torch.Tensor
+    chunks: torch.Tensor
+    spans: torch.Tensor
     rotated: torch.Tensor
     target: int
     tuning: Tuning
 
     @property
     def bytes(self) -> int:
-        tensors = (self.sums, self.maxima, self.weights, self.rotated)
+        tensors = (self.sums, self.maxima, self.weights, self.chunks, self.spans, self.rotated)
         return sum(x.numel() * x.element_size() for x in tensors)
 
 
@@ -96,13 +100,15 @@ def make_workspace(
     target = max(1, min(slots // kv_heads, tiles))
     chunks, rows = target + 2 * max_batch, row_count(heads // kv_heads)
 
-    def buffer(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=device)
+    def buffer(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
 
     return DecodeWorkspace(
         sums=buffer(chunks, kv_heads, rows, head_dim),
         maxima=buffer(chunks, kv_heads, rows),
         weights=buffer(chunks, kv_heads, rows),
+        chunks=buffer(chunks, CHUNK_FIELDS, dtype=torch.int32),
+        spans=buffer(max_batch, SPAN_FIELDS, dtype=torch.int32),
         rotated=buffer(2, kv_heads, max_batch * (heads // kv_heads), head_dim),
         target=target,
         tuning=tuning,
@@ -110,8 +116,8 @@ def make_workspace(
 
 
 def batch_lanes(batch: int) -> int:
-    """Lanes in which a program looks at all sequences: few sizes, so that CUDA graphs of many
-    batch sizes share a compiled kernel."""
+    """Lanes in which the list of chunks is made: few sizes, so that CUDA graphs of many batch
+    sizes share a compiled kernel."""
     return next((lanes for lanes in (16, 64, 256) if batch <= lanes), 1 << (batch - 1).bit_length())
 
 
@@ -223,6 +229,7 @@ class Part:
         block: tokens per block.
         k_at, k_step, v_at, v_step: first code of a block's head, and from token to token.
         ks_at, ks_step, vs_at, vs_step: the same of the scales.
+        together: tokens whose V codes lie together, byte by byte; v_step is then the mean.
         k, v: pieces.
         cost: of one token, in units of COST_BYTES.
     """
@@ -236,6 +243,7 @@ class Part:
     ks_step: int
     vs_at: int
     vs_step: int
+    together: int
     k: Pieces
     v: Pieces
     cost: int
@@ -252,7 +260,13 @@ class Part:
             self.ks_step,
             self.vs_at,
             self.vs_step,
+            self.together,
         )
+
+    @property
+    def permuted(self) -> bool:
+        """Whether scores come in decode_ops' order of tokens: values of 16 bits do not."""
+        return self.together > 1 and all(piece[0] != RAW_BITS for piece in self.v)
 
 
 def archive_part(layout: ArchiveLayout) -> Part:
@@ -261,6 +275,7 @@ def archive_part(layout: ArchiveLayout) -> Part:
         layout.block_size,
         *(k.offset, k.width, v.offset, v.width),
         *(ks.offset, ks.width, vs.offset, vs.width),
+        together=TOGETHER,
         k=k_pieces(layout.k_bands),
         v=v_pieces(layout.v_bands),
         cost=max(1, layout.content_bytes // COST_BYTES),
@@ -274,6 +289,7 @@ def recent_part(head_dim: int, block_size: int) -> Part:
         block_size,
         *(0, step, step // 2, step),
         *(0, 0, 0, 0),
+        together=1,
         k=k_pieces(bands),
         v=v_pieces(bands),
         cost=step // COST_BYTES,

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_kvpca.kernels.band_table import check_last_dim, checked_basis, layout_constants
+from vllm_kvpca.kernels.band_table import check_last_dim, checked_basis, code_rows, layout_constants
 from vllm_kvpca.kernels.layer_codec import LayerCodec
 
 ARCHIVE_TILE = 64
@@ -132,10 +132,10 @@ def _gather_archive_kernel(
 
     Byte map of one head of a page (N tokens; offsets and widths are pages.layout's):
 
-        | K codes [N, width] | V codes [N, width] | K scales [N, scales] | V scales | padding |
+        | K codes [N, codes] | V codes [N / 8, codes, 8] | K scales [N, scales] | V scales |
 
     and of one token's codes, band after band: 16 bits as they are, 8 bits one byte each, 4
-    bits: byte j holds component j (low nibble) and j + width/2 (high nibble), as code + 8.
+    bits: byte j holds component j (low nibble) and j + width/2 (high nibble), signed.
     """
     sequence = tl.program_id(2).to(tl.int64)
     head = (tl.program_id(1) // 2).to(tl.int64)
@@ -151,33 +151,38 @@ def _gather_archive_kernel(
         target = tl.load(offsets + sequence).to(tl.int64) + position
         if tl.program_id(1) % 2 == 0:
             out = out_k + target * out_strides[0] + head * out_strides[1]
-            codes = page + K_CODES[0] + token * K_CODES[1]
             scales = (page + K_SCALES[0] + token * K_SCALES[1]).to(tl.pointer_type(tl.bfloat16))
+            source = (page, token, valid, scales)
             if k_basis is None:
-                _expand(codes, scales, valid, out, K_BANDS)
+                _expand(source, out, K_CODES, K_BANDS)
             else:
                 basis = k_basis + head * HEAD_DIM * HEAD_DIM
-                _rotate(codes, scales, valid, out, basis, HEAD_DIM, WIDTH, CHUNK, TILE, K_BANDS)
+                _rotate(source, out, basis, HEAD_DIM, WIDTH, CHUNK, TILE, K_CODES, K_BANDS)
         else:
             out = out_v + target * out_strides[2] + head * out_strides[3]
-            codes = page + V_CODES[0] + token * V_CODES[1]
             scales = (page + V_SCALES[0] + token * V_SCALES[1]).to(tl.pointer_type(tl.bfloat16))
+            source = (page, token, valid, scales)
             if v_basis is None:
-                _expand(codes, scales, valid, out, V_BANDS)
+                _expand(source, out, V_CODES, V_BANDS)
             else:
                 basis = v_basis + head * HEAD_DIM * HEAD_DIM
-                _rotate(codes, scales, valid, out, basis, HEAD_DIM, WIDTH, CHUNK, TILE, V_BANDS)
+                _rotate(source, out, basis, HEAD_DIM, WIDTH, CHUNK, TILE, V_CODES, V_BANDS)
 
 
 @triton.jit
-def _expand(codes, scales, valid, out, BANDS: tl.constexpr):
-    """Dequantize a tile whose components are the head vector's own."""
+def _expand(source, out, CODES: tl.constexpr, BANDS: tl.constexpr):
+    """Dequantize a tile whose components are the head vector's own.
+
+    `source` is (page, token, valid, scales), each for the tile's tokens.
+    """
     for i in tl.static_range(len(BANDS)):
-        _expand_band(codes, scales, valid, out, BANDS, i)
+        _expand_band(source, out, CODES, BANDS, i)
 
 
 @triton.jit
-def _expand_band(codes, scales, valid, out, BANDS: tl.constexpr, INDEX: tl.constexpr):
+def _expand_band(
+    source, out, CODES: tl.constexpr, BANDS: tl.constexpr, INDEX: tl.constexpr
+):  # fmt: skip
     """Expand band INDEX (a row of `band_table`): float32 products, rounded once to out's dtype.
 
     The whole table is passed because Triton 3.6 does not take one row of it as an argument.
@@ -187,39 +192,51 @@ def _expand_band(codes, scales, valid, out, BANDS: tl.constexpr, INDEX: tl.const
     # What one load of codes fills: a nibble band is two runs of half its width.
     run: tl.constexpr = width // 2 if bits == 4 else width
     kind: tl.constexpr = out.dtype.element_ty
+    page, token, valid, scales = source
     columns = tl.arange(0, triton.next_power_of_2(run))[None, :]
     mask = valid[:, None] & (columns < run)
-    source = codes[:, None] + BANDS[INDEX][3]
     target = out[:, None] + BANDS[INDEX][2] + columns
     if bits == 16:
-        raw = tl.load(source.to(tl.pointer_type(kind)) + columns, mask=mask)
+        raw = _codes(page, token, columns, mask, CODES, BANDS[INDEX][3], kind)
         tl.store(target, raw, mask=mask)
     elif bits == 0:
         tl.store(target, tl.zeros(target.shape, kind), mask=mask)
     else:
         scale = tl.load(scales + BANDS[INDEX][4], mask=valid, other=0.0).to(tl.float32)[:, None]
-        code = tl.load(source + columns, mask=mask, other=0)
+        code = _codes(page, token, columns, mask, CODES, BANDS[INDEX][3], tl.uint8)
         if bits == 8:
             x = code.to(tl.int8, bitcast=True).to(tl.float32) * scale
             tl.store(target, x.to(kind), mask=mask)
         else:
-            low = ((code & 15).to(tl.float32) - 8.0) * scale
-            high = ((code >> 4).to(tl.float32) - 8.0) * scale
-            tl.store(target, low.to(kind), mask=mask)
-            tl.store(target + run, high.to(kind), mask=mask)
+            low, high = _nibbles(code)
+            tl.store(target, (low * scale).to(kind), mask=mask)
+            tl.store(target + run, (high * scale).to(kind), mask=mask)
+
+
+@triton.jit
+def _codes(page, token, columns, mask, CODES: tl.constexpr, BYTE: tl.constexpr, kind: tl.constexpr):
+    """(tokens, columns) codes of a band, zero where masked."""
+    rows = code_rows(page, token, CODES, BYTE, kind)
+    return tl.load(rows[:, None] + columns * CODES[2], mask=mask, other=0)
+
+
+@triton.jit
+def _nibbles(code):
+    """Values of the low and of the high nibbles, float32."""
+    low = (code << 4).to(tl.int8, bitcast=True) >> 4
+    return low.to(tl.float32), (code.to(tl.int8, bitcast=True) >> 4).to(tl.float32)
 
 
 @triton.jit
 def _rotate(
-    codes,
-    scales,
-    valid,
+    source,
     out,
     basis,
     HEAD_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
     CHUNK: tl.constexpr,
     TILE: tl.constexpr,
+    CODES: tl.constexpr,
     BANDS: tl.constexpr,
 ):
     """Dequantize a tile and multiply it by B^T: head vectors, rounded once to out's dtype."""
@@ -227,27 +244,27 @@ def _rotate(
     for i in tl.static_range(len(BANDS)):
         if BANDS[i][0] > 0:
             part = _rotate_band(
-                codes, valid, basis, out.dtype.element_ty, HEAD_DIM, WIDTH, CHUNK, TILE, BANDS, i
+                source, basis, out.dtype.element_ty, HEAD_DIM, WIDTH, CHUNK, TILE, CODES, BANDS, i
             )
             if BANDS[i][0] < 16:
-                scale = tl.load(scales + BANDS[i][4], mask=valid, other=0.0)
+                scale = tl.load(source[3] + BANDS[i][4], mask=source[2], other=0.0)
                 part *= scale.to(tl.float32)[:, None]
             acc += part
     column = tl.arange(0, WIDTH)[None, :]
-    mask = valid[:, None] & (column < HEAD_DIM)
+    mask = source[2][:, None] & (column < HEAD_DIM)
     tl.store(out[:, None] + column, acc.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _rotate_band(
-    codes,
-    valid,
+    source,
     basis,
     kind: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
     CHUNK: tl.constexpr,
     TILE: tl.constexpr,
+    CODES: tl.constexpr,
     BANDS: tl.constexpr,
     INDEX: tl.constexpr,
 ):
@@ -261,7 +278,8 @@ def _rotate_band(
     width: tl.constexpr = BANDS[INDEX][1]
     # What one load of codes fills: a nibble band is two runs of half its width.
     run: tl.constexpr = width // 2 if bits == 4 else width
-    source = codes[:, None] + BANDS[INDEX][3]
+    stored: tl.constexpr = kind if bits == 16 else tl.uint8
+    page, token, valid, _ = source
     columns = basis + BANDS[INDEX][2]
     part = tl.zeros((TILE, WIDTH), tl.float32)
     for first in range(0, run, CHUNK):
@@ -269,18 +287,14 @@ def _rotate_band(
         exists = j < run
         mask = valid[:, None] & exists[None, :]
         b = _basis_chunk(columns, j, exists, HEAD_DIM, WIDTH)
+        code = _codes(page, token, j[None, :], mask, CODES, BANDS[INDEX][3], stored)
         if bits == 16:
-            x = tl.load(source.to(tl.pointer_type(kind)) + j[None, :], mask=mask, other=0.0)
-            part = tl.dot(x.to(tl.float32), b, part, input_precision="tf32")
+            part = tl.dot(code.to(tl.float32), b, part, input_precision="tf32")
         elif bits == 8:
-            code = tl.load(source + j[None, :], mask=mask, other=0)
             x = code.to(tl.int8, bitcast=True).to(tl.float32)
             part = tl.dot(x, b, part, input_precision="tf32")
         else:
-            # 0x88 is the code 0 twice; one load serves both halves of the band.
-            code = tl.load(source + j[None, :], mask=mask, other=0x88)
-            low = (code & 15).to(tl.float32) - 8.0
-            high = (code >> 4).to(tl.float32) - 8.0
+            low, high = _nibbles(code)  # one load serves both halves of the band
             part = tl.dot(low, b, part, input_precision="tf32")
             b = _basis_chunk(columns + run, j, exists, HEAD_DIM, WIDTH)
             part = tl.dot(high, b, part, input_precision="tf32")

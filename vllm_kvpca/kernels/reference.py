@@ -21,7 +21,7 @@ from vllm_kvpca.kernels.softmax import (
     partial_attention,
     softmax_weights,
 )
-from vllm_kvpca.pages.layout import ArchiveLayout
+from vllm_kvpca.pages.layout import TOGETHER, ArchiveLayout
 
 FEW_ROWS = 32
 """Query rows up to which components are not expanded (see kernels.components)."""
@@ -71,12 +71,9 @@ def archive(
     keep = slots >= 0
     slots = slots[keep]
     block, offset = slots // layout.block_size, slots % layout.block_size
-    for which, x, codes_at, scales_at in (
-        ("k", key, layout.k_codes, layout.k_scales),
-        ("v", value, layout.v_codes, layout.v_scales),
-    ):
+    for which, x, scales_at in (("k", key, layout.k_scales), ("v", value, layout.v_scales)):
         codes, scales = codec.encode(x[keep], which)
-        layout.slice(pages, codes_at)[block, :, offset] = codes
+        layout.store_codes(pages, which, block, offset, codes)
         if scales_at.width:
             layout.scales(pages, scales_at)[block, :, offset] = scales
 
@@ -137,11 +134,8 @@ def gather(
     slots = _table_slots(archive_table, sequence, position, layout.block_size, null=0)
     block, offset = slots // layout.block_size, slots % layout.block_size
     rows = offsets[sequence] + position
-    for which, out, codes_at, scales_at in (
-        ("k", out_k, layout.k_codes, layout.k_scales),
-        ("v", out_v, layout.v_codes, layout.v_scales),
-    ):
-        codes = layout.slice(pages, codes_at)[block, :, offset]
+    for which, out, scales_at in (("k", out_k, layout.k_scales), ("v", out_v, layout.v_scales)):
+        codes = layout.load_codes(pages, which, block, offset)
         scales = layout.scales(pages, scales_at)[block, :, offset]
         out[rows] = codec.restore(codec.decode(codes, scales, which), which).to(out.dtype)
 
@@ -220,18 +214,24 @@ def _attend_tile(
 ) -> Partial:
     """Attention over one tile (batch, kv_heads, blocks, head_bytes), in component space."""
     layout = codec.layout
-    k_codes, v_codes = (layout.slice(tile, region) for region in (layout.k_codes, layout.v_codes))
+    k_codes, v_codes = (layout.codes(tile, which) for which in "kv")
     k_scales, v_scales = (
         layout.scales(tile, region) for region in (layout.k_scales, layout.v_scales)
     )
     if rotated.shape[2] > FEW_ROWS:
-        key = codec.decode(k_codes, k_scales, "k").flatten(2, 3)
-        value = codec.decode(v_codes, v_scales, "v").flatten(2, 3)
+        key = codec.decode(_by_token(k_codes), k_scales, "k").flatten(2, 3)
+        value = codec.decode(_by_token(v_codes), v_scales, "v").flatten(2, 3)
         return partial_attention(rotated, key, value, mask, scale, soft_cap)
     products = components.scores(rotated * scale, k_codes, k_scales, layout.k_bands, codec.dtype)
     weights = softmax_weights(products, mask, soft_cap)
     out = components.weighted_sum(weights.out, v_codes, v_scales, layout.v_bands, codec.dtype)
     return Partial(out, weights.lse)
+
+
+def _by_token(codes: list[torch.Tensor]) -> torch.Tensor:
+    """(..., block_size, code_bytes) uint8 of the views of ArchiveLayout.codes."""
+    parts = [view.flatten(-3, -2).contiguous().view(torch.uint8) for view in codes]
+    return torch.cat(parts, -1)
 
 
 def _load_archive_tile(
@@ -244,8 +244,10 @@ def _load_archive_tile(
     """(batch, kv_heads, blocks, head_bytes) of some pages, zero beyond each length."""
     tile = _gather(pages, table)
     sequence, block, token = _beyond(lengths, first, table.shape[1], layout.block_size)
-    for region in (layout.k_codes, layout.v_codes, layout.k_scales, layout.v_scales):
-        layout.slice(tile, region)[sequence, block, :, token] = 0
+    for codes in (*layout.codes(tile, "k"), *layout.codes(tile, "v")):
+        codes[sequence, block, :, token // TOGETHER, token % TOGETHER] = 0
+    for region in (layout.k_scales, layout.v_scales):
+        layout.scales(tile, region)[sequence, block, :, token] = 0
     return tile.transpose(1, 2)
 
 

@@ -7,21 +7,24 @@ Recent page (group R), per head: `raw_block` tokens, each K then V in the model'
 
     token 0: K[head_dim] V[head_dim] | token 1: K V | ...
 
-Archive page (group C), per head: four regions, each one array over the block's tokens, so
-that a kernel reads every region with wide aligned loads:
+Archive page (group C), per head: four regions, so that a kernel reads each with wide aligned
+loads:
 
-    | K codes [N, k_code_bytes] | V codes [N, v_code_bytes] | K scales [N, k_scales] bf16
-    | V scales [N, v_scales] bf16 | padding up to N * content_bytes |
+    | K codes [N, k_code_bytes] | V codes [N / 8, v_codes, 8] | K scales [N, k_scales] bf16
+    | V scales [N, v_scales] bf16 |
 
-N and band widths are multiples of 8, so every region starts on a
-16-byte border of its head.
+Scores sum over a token's components, so K's codes of a token lie together. Outputs sum over
+tokens, so V's codes of 8 tokens lie together, one code after another (a code is a byte, or
+two bytes in a 16-bit band): a matrix instruction takes both as they are.
+
+N and band widths are multiples of 8, so every region starts on a 16-byte border of its head.
 
 Worked example: head_dim 64, format k8v4 (K one 8-bit band, V one 4-bit band), N = 80.
 
     per token   K codes 64 B, V codes 32 B, K scale 2 B, V scale 2 B        = 100 B
     region      K codes at 0, V codes at 5120, K scales at 7680, V scales at 7840
     per head    80 * 100 = 8000 B; a recent page of 32 tokens has 32 * 256  = 8192 B
-    token 3     K codes at 192, V codes at 5216, K scale at 7686, V scale at 7846
+    token 11    K codes at 704, V codes at 5379, 5387, ... 5627, K scale at 7702, V at 7862
     ratio       256 / 100 = 2.56 by content; 80 / 32 = 2.5 by pages (192 B of padding)
 """
 
@@ -32,6 +35,7 @@ from dataclasses import dataclass
 import torch
 
 from vllm_kvpca.codec.bands import (
+    RAW_BITS,
     RAW_BYTES,
     SCALE_BYTES,
     SCALE_DTYPE,
@@ -39,6 +43,9 @@ from vllm_kvpca.codec.bands import (
     code_bytes,
     num_scales,
 )
+
+TOGETHER = 8
+"""Tokens whose V codes lie together. The block sizes are multiples of it."""
 
 
 def raw_token_bytes(head_dim: int) -> int:
@@ -48,7 +55,7 @@ def raw_token_bytes(head_dim: int) -> int:
 
 @dataclass(frozen=True)
 class Region:
-    """One array of an archive page: `width` bytes for each token, starting at `offset`."""
+    """One part of an archive page: `width` bytes for each token, starting at `offset`."""
 
     offset: int
     width: int
@@ -114,21 +121,80 @@ class ArchiveLayout:
     def _after(self, region: Region, width: int) -> Region:
         return Region(region.offset + region.width * self.block_size, width)
 
-    def slice(self, heads: torch.Tensor, region: Region) -> torch.Tensor:
-        """View of one region.
+    def codes(self, heads: torch.Tensor, which: str) -> list[torch.Tensor]:
+        """Views of the stored bands' codes, one for each band that is stored.
 
         Args:
             heads: (..., head_bytes) uint8, last dimension contiguous.
+            which: "k" or "v".
 
         Returns:
-            (..., block_size, region.width) uint8, sharing memory with `heads`.
+            (..., block_size / 8, 8, codes) each, sharing memory with `heads`: uint8, or int16
+            in place of the values of a 16-bit band.
         """
-        size = region.width * self.block_size
-        flat = heads[..., region.offset : region.offset + size]
-        return flat.unflatten(-1, (self.block_size, region.width))
+        region = self.k_codes if which == "k" else self.v_codes
+        area = heads[..., region.offset : region.offset + region.width * self.block_size]
+        area = area.unflatten(-1, (self.block_size // TOGETHER, TOGETHER * region.width))
+        views, byte = [], 0
+        for band in self.k_bands if which == "k" else self.v_bands:
+            if not band.bits:
+                continue
+            kind = torch.int16 if band.bits == RAW_BITS else torch.uint8
+            first, last = byte, byte + band.code_bytes
+            byte = last
+            if which == "k":
+                rows = area.unflatten(-1, (TOGETHER, region.width))
+                views.append(rows[..., first:last].view(kind))
+            else:
+                run = area[..., TOGETHER * first : TOGETHER * last].view(kind)
+                views.append(run.unflatten(-1, (-1, TOGETHER)).transpose(-1, -2))
+        return views
+
+    def load_codes(
+        self, pages: torch.Tensor, which: str, block: torch.Tensor, token: torch.Tensor
+    ) -> torch.Tensor:
+        """Codes of some tokens.
+
+        Args:
+            pages: (blocks, kv_heads, head_bytes) uint8.
+            block, token: (n,) where each token is.
+
+        Returns:
+            (n, kv_heads, code_bytes) uint8, as codec.bands.decode_bands takes them.
+        """
+        row, lane = token // TOGETHER, token % TOGETHER
+        parts = [
+            view[block, :, row, lane].contiguous().view(torch.uint8)
+            for view in self.codes(pages, which)
+        ]
+        if not parts:
+            return pages.new_empty((len(block), pages.shape[1], 0))
+        return torch.cat(parts, -1)
+
+    def store_codes(
+        self,
+        pages: torch.Tensor,
+        which: str,
+        block: torch.Tensor,
+        token: torch.Tensor,
+        codes: torch.Tensor,
+    ) -> None:
+        """Write what `load_codes` reads."""
+        row, lane = token // TOGETHER, token % TOGETHER
+        byte = 0
+        for view in self.codes(pages, which):
+            size = view.shape[-1] * view.element_size()
+            part = codes[..., byte : byte + size].contiguous().view(view.dtype)
+            view[block, :, row, lane] = part
+            byte += size
 
     def scales(self, heads: torch.Tensor, region: Region) -> torch.Tensor:
-        """Like `slice`, but (..., block_size, scales) in the scales' dtype."""
+        """View of one region of scales: (..., block_size, scales) in the scales' dtype.
+
+        Args:
+            heads: (..., head_bytes) uint8, last dimension contiguous.
+        """
         if not region.width:  # torch cannot reinterpret an empty last dimension
             return heads.new_empty((*heads.shape[:-1], self.block_size, 0), dtype=SCALE_DTYPE)
-        return self.slice(heads, region).view(SCALE_DTYPE)
+        area = heads[..., region.offset : region.offset + region.width * self.block_size]
+        return area.unflatten(-1, (self.block_size, region.width)).view(SCALE_DTYPE)

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 
 from vllm_kvpca.codec.policy import Policy
 from vllm_kvpca.errors import LayoutError
+from vllm_kvpca.pages.layout import TOGETHER
 
-BLOCK_STEP = 8
+BLOCK_STEP = TOGETHER
 RAW_BLOCKS = tuple(range(32, 257, BLOCK_STEP))
 MAX_ALIGN = 640
 """Tokens; larger steps would make prefix-cache hits and the boundary too coarse."""

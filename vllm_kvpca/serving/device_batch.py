@@ -8,7 +8,7 @@ knows their lengths exactly and groups them so that each group's context fits th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -60,6 +60,7 @@ class DeviceStep:
         slots: (tokens,) where each new token's raw K and V go.
         recent_table, archive_table: (batch, width) block ids; 0 is the null block.
         policy: where the boundary lies.
+        planned: for what the decode workspaces (by id) hold this step's list of chunks.
     """
 
     policy: Policy
@@ -71,6 +72,7 @@ class DeviceStep:
     slots: torch.Tensor
     recent_table: torch.Tensor
     archive_table: torch.Tensor
+    planned: dict[int, object] = field(default_factory=dict)
 
     @property
     def max_new(self) -> int:

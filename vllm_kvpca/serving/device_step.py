@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from vllm_kvpca.kernels.archive import archive
-from vllm_kvpca.kernels.decode import DecodeWorkspace, decode
+from vllm_kvpca.kernels.decode import DecodeWorkspace, decode, plan_decode
 from vllm_kvpca.kernels.gather import gather
 from vllm_kvpca.kernels.layer_codec import LayerCodec
 from vllm_kvpca.kernels.store import store
@@ -79,23 +79,7 @@ def run_device_step(
         max_new=step.max_new,
     )
     if step.decodes:
-        rows = slice(0, step.decodes)
-        decode(
-            tokens.query[rows],
-            tokens.key[rows],
-            tokens.value[rows],
-            cache.recent,
-            cache.pages,
-            step.recent_table[rows],
-            step.archive_table[rows],
-            step.starts[rows],
-            step.lengths[rows],
-            cache.codec,
-            scale,
-            soft_cap,
-            tokens.output[rows],
-            workspace.decode,
-        )
+        _decode(step, tokens, cache, workspace.decode, scale, soft_cap)
     for prefill in step.prefills:
         key, value = tokens.key[prefill.group.tokens], tokens.value[prefill.group.tokens]
         if prefill.group.context:
@@ -113,6 +97,36 @@ def run_device_step(
             soft_cap,
             tokens.output[prefill.group.tokens],
         )
+
+
+def _decode(
+    step: DeviceStep,
+    tokens: StepTokens,
+    cache: LayerCache,
+    workspace: DecodeWorkspace,
+    scale: float,
+    soft_cap: float | None,
+) -> None:
+    rows = slice(0, step.decodes)
+    pages = cache.codec.layout, cache.recent.shape[2]
+    if step.planned.get(id(workspace)) != pages:  # the first layer plans for others like it
+        plan_decode(step.starts[rows], step.lengths[rows], *pages, workspace)
+        step.planned[id(workspace)] = pages
+    decode(
+        tokens.query[rows],
+        tokens.key[rows],
+        tokens.value[rows],
+        cache.recent,
+        cache.pages,
+        step.recent_table[rows],
+        step.archive_table[rows],
+        step.lengths[rows],
+        cache.codec,
+        scale,
+        soft_cap,
+        tokens.output[rows],
+        workspace,
+    )
 
 
 def _expand_context(
