@@ -279,10 +279,13 @@ def show(name, batch, length, recent, tuning=None) -> float:
 
 
 SWEEP = [
-    Tuning(32, 32, warps=2, stages=3, programs=8, registers=128),
-    Tuning(32, 16, warps=2, stages=3, programs=8, registers=None),
-    Tuning(16, 16, warps=1, stages=3, programs=16, registers=128),
-    Tuning(64, 32, warps=2, stages=2, programs=8, registers=128),
+    Tuning(32, 16, warps=1, stages=3, programs=12, registers=128),
+    Tuning(32, 16, warps=1, stages=3, programs=16, registers=128),
+    Tuning(32, 16, warps=1, stages=5, programs=8, registers=128),
+    Tuning(32, 16, warps=1, stages=5, programs=12, registers=128),
+    Tuning(64, 16, warps=1, stages=3, programs=8, registers=None),
+    Tuning(64, 16, warps=2, stages=3, programs=8, registers=128),
+    Tuning(32, 16, warps=1, stages=3, programs=8, registers=128),
 ]
 
 

@@ -21,9 +21,10 @@ def _merge_chunks(
 
     Without a chunk: zeros and -inf.
     """
-    total = tl.zeros((MERGED, WIDTH), tl.float32)
-    top = tl.full((MERGED,), float("-inf"), tl.float32)
-    weight = tl.zeros((MERGED,), tl.float32)
+    # Every lane of STEP merges chunks of its own; the lanes come together once, at the end.
+    total = tl.zeros((STEP, MERGED, WIDTH), tl.float32)
+    top = tl.full((STEP, MERGED), float("-inf"), tl.float32)
+    weight = tl.zeros((STEP, MERGED), tl.float32)
     stored = column < DIM
     for run in tl.static_range(len(DROPPED)):
         stored = stored & ((column < DROPPED[run][0]) | (column >= DROPPED[run][1]))
@@ -36,15 +37,22 @@ def _merge_chunks(
         part = tl.load(weights_ptr + at, valid, other=0.0)
         x = tl.load(sums_ptr + at[:, :, None] * DIM + column[None, None, :],
                     valid[:, :, None] & stored[None, None, :], other=0.0)  # fmt: skip
-        new_top = tl.maximum(top, tl.max(m, 0))
-        # Rows beyond the group have no chunk at all: keep inf - inf out of them.
-        safe = tl.where(in_group, new_top, 0.0)
-        scale = tl.exp2(m - safe[None, :])
+        new_top = tl.maximum(top, m)
+        safe = _finite(new_top)
+        scale = tl.exp2(m - safe)
         fade = tl.exp2(top - safe)
-        total = total * fade[:, None] + tl.sum(x * scale[:, :, None], 0)
-        weight = weight * fade + tl.sum(part * scale, 0)
+        total = total * fade[:, :, None] + x * scale[:, :, None]
+        weight = weight * fade + part * scale
         top = new_top
-    return total, top, weight
+    highest = tl.max(top, 0)
+    scale = tl.exp2(top - _finite(highest)[None, :])
+    return tl.sum(total * scale[:, :, None], 0), highest, tl.sum(weight * scale, 0)
+
+
+@triton.jit
+def _finite(top):
+    """Tops of lanes and rows without a chunk are -inf: keep inf - inf out of the powers."""
+    return tl.where(top == float("-inf"), 0.0, top)
 
 
 @triton.jit

@@ -96,10 +96,11 @@ def permuted_tokens(TILE: tl.constexpr):
     are already where the product with V wants them.
 
     A thread holds columns 8 j + 2 i + b of an int32 product (i is the thread, b is 0 or 1) and
-    must hold columns 16 j + 4 i + 0..3 of the int8 operand of the next product.
+    must hold columns 16 j + 4 i + 0..3 of the int8 operand of the next product. In logic
+    operations, because Triton 3.6 takes a sum like this for a multiple of 2.
     """
     column = tl.arange(0, TILE)
-    return column // 16 * 16 + column % 8 // 2 * 4 + column // 8 % 2 * 2 + column % 2
+    return (column & -16) | ((column << 1) & 12) | ((column >> 2) & 2) | (column & 1)
 
 
 @triton.jit

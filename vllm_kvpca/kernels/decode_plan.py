@@ -2,9 +2,9 @@
 
 Triton wants powers of two. A band of any multiple of 8 components is therefore cut into
 pieces whose widths are powers of two (40 bytes are 32 + 8), each with sums of its own, so
-that nothing is loaded twice and nothing is masked. Only the dimension that a dot product
-sums over has a least length (32 for int8, 16 for two-byte values): K's last piece may have
-to be padded to it.
+that nothing is loaded twice. A matrix instruction has a least length of its sums (32 for
+int8, 16 for two-byte values; K's components) and of its columns (8; V's): the last piece of a
+band may have to be padded to it.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ Pieces = tuple[tuple[int, ...], ...]
 MAX_GROUP = 16
 LEAST_DOT = {RAW_BITS: 16, 8: 32, 4: 32}
 """Shortest sum of a matrix instruction, in elements, for each stored width."""
+LEAST_COLUMNS = 8
+"""Fewest columns of a matrix instruction."""
 
 
 COST_BYTES = 4
@@ -45,7 +47,7 @@ class Tuning:
     recent_tile: int = 16
     warps: int = 1
     stages: int = 3
-    programs: int = 12
+    programs: int = 16
     waves: int = 1
     registers: int | None = 128
 
@@ -159,7 +161,8 @@ def k_pieces(bands: Sequence[Band]) -> Pieces:
 
 
 def v_pieces(bands: Sequence[Band]) -> Pieces:
-    """(bits, byte, scale, codes, column) of V's sums: a 4-bit piece has one for each nibble.
+    """(bits, byte, scale, codes, column, padded codes) of V's sums: a 4-bit piece has one for
+    each nibble.
 
     `bits` is 4 for the low and -4 for the high nibbles of the same codes, which follow one
     another. A dropped band has one entry per piece too, with 0 bits: its sums are zero.
@@ -168,11 +171,11 @@ def v_pieces(bands: Sequence[Band]) -> Pieces:
     for band, byte, scale, column in _stored(bands):
         codes, size = _codes(band)
         done = 0
-        for width, _ in _cut(codes, 4):
+        for width, padded in _cut(codes, LEAST_COLUMNS):
             at = byte + done * size
-            pieces.append((band.bits, at, scale, width, column + done))
+            pieces.append((band.bits, at, scale, width, column + done, padded))
             if band.bits == 4:
-                pieces.append((-4, at, scale, width, column + codes + done))
+                pieces.append((-4, at, scale, width, column + codes + done, padded))
             done += width
     return tuple(pieces)
 

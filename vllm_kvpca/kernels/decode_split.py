@@ -51,28 +51,29 @@ def _query_rows(query, stride, column, WIDTH, PADDED: tl.constexpr, GROUP: tl.co
 
 
 @triton.jit
-def _prepare(query, stride, K: tl.constexpr, DTYPE: tl.constexpr, GROUP: tl.constexpr,
-             ROWS: tl.constexpr):  # fmt: skip
-    """Per product with K: (terms or values (16, padded), scale of each row's product)."""
+def _prepare(query, stride, score_scale, K: tl.constexpr, DTYPE: tl.constexpr,
+             GROUP: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
+    """Per product with K: (terms or values (16, padded), factor (ROWS, 1) that makes scores)."""
     out = ()
     for k in tl.static_range(len(K)):
         for half in tl.static_range(2 if K[k][0] == 4 else 1):
             q = _query_rows(query, stride, K[k][5 + half], K[k][3], K[k][4], GROUP, ROWS)
             if K[k][0] == 16:
-                scale = tl.full((ROWS,), 1.0, tl.float32)
+                factor = tl.full((ROWS, 1), 1.0, tl.float32) * score_scale
                 if ROWS == 8:
                     q = stacked(q, tl.zeros_like(q))
-                out = out + ((q.to(DTYPE), q.to(DTYPE), scale),)
+                out = out + ((q.to(DTYPE), q.to(DTYPE), factor),)
             else:
                 largest = tl.max(tl.abs(q), 1)
                 largest = tl.where(largest > 0, largest, 1.0)
                 hi, lo = two_terms(q * (1 / largest * LEVELS)[:, None])
-                scale = largest * (1.0 / (LEVELS * HI * (NIBBLE_UNIT if K[k][0] == 4 else 1)))
+                unit = 1.0 / (LEVELS * HI * (NIBBLE_UNIT if K[k][0] == 4 else 1))
+                factor = (largest * score_scale)[:, None] * unit
                 if ROWS == 8:
                     both = stacked(hi, lo)
-                    out = out + ((both, both, scale),)
+                    out = out + ((both, both, factor),)
                 else:
-                    out = out + ((hi, lo, scale),)
+                    out = out + ((hi, lo, factor),)
     return out
 
 
@@ -101,8 +102,8 @@ def _scales(base, token, valid):
 @triton.jit
 def _scores(q, base, token, valid, AT: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr,
             DTYPE: tl.constexpr, ROWS: tl.constexpr, INTERPRET: tl.constexpr):  # fmt: skip
-    """(ROWS, tokens) products of the queries with K."""
-    total = tl.zeros((ROWS, TILE), tl.float32)
+    """(ROWS, tokens) scaled products of the queries with K."""
+    total = 0.0
     for k in tl.static_range(len(K)):
         piece = base + (AT[1] + K[k][1])
         first = q[K[k][7]]
@@ -113,17 +114,17 @@ def _scores(q, base, token, valid, AT: tl.constexpr, K: tl.constexpr, TILE: tl.c
                 s = tl.dot(first[0].to(tl.float32), codes.to(tl.float32), input_precision="ieee")
             else:
                 s = tl.dot(first[0], codes)
-            total += fold(s, ROWS)
+            total += fold(s, ROWS) * first[2]
         else:
             codes = _k_codes(piece, token, AT[0], TILE, AT[2], K[k][3], K[k][4])
             if K[k][0] == 8:
                 codes = tl.trans(codes.to(tl.int8, bitcast=True))
-                s = int_product(first, codes, ROWS) * first[2][:, None]
+                s = int_product(first, codes, ROWS) * first[2]
             else:
                 second = q[K[k][7] + 1]
                 low, high = nibbles(codes, INTERPRET)
-                s = int_product(first, tl.trans(low), ROWS) * first[2][:, None]
-                s += int_product(second, tl.trans(high), ROWS) * second[2][:, None]
+                s = int_product(first, tl.trans(low), ROWS) * first[2]
+                s += int_product(second, tl.trans(high), ROWS) * second[2]
             total += s * _scales(base + (AT[5] + 2 * K[k][2]), token * (AT[6] // 2), valid)[None, :]
     return total
 
@@ -133,7 +134,8 @@ def _v_codes(base, t, valid, AT: tl.constexpr, V: tl.constexpr, INDEX: tl.conste
              TILE: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
     """(tokens, width) codes of piece INDEX of V, from token t on; values (16 bits) are zero
     where not valid, codes are whatever the page holds: their weights are zero."""
-    j = tl.arange(0, V[INDEX][3])
+    WIDTH: tl.constexpr = V[INDEX][3]
+    j = tl.arange(0, V[INDEX][5])
     n = tl.arange(0, TILE)
     TOGETHER: tl.constexpr = AT[9]
     if TOGETHER == 1:
@@ -147,11 +149,12 @@ def _v_codes(base, t, valid, AT: tl.constexpr, V: tl.constexpr, INDEX: tl.conste
         group = n // TOGETHER * (TOGETHER * AT[4] // SIZE) + n % TOGETHER
         at = run.to(tl.pointer_type(KIND)) + j[:, None] * TOGETHER + group[None, :]
         if V[INDEX][0] == 16:
-            codes = tl.load(at, valid[None, :], other=0.0)
-        elif AT[0] % TILE == 0:
+            codes = tl.load(at, valid[None, :] & (j < WIDTH)[:, None], other=0.0)
+        elif AT[0] % TILE == 0 and V[INDEX][5] == WIDTH:
             codes = tl.load(at)
         else:  # whole groups, so that one mask covers one load
-            codes = tl.load(at, (t + n // TOGETHER * TOGETHER < AT[0])[None, :], other=0)
+            exists = (t + n // TOGETHER * TOGETHER < AT[0])[None, :] & (j < WIDTH)[:, None]
+            codes = tl.load(at, exists, other=0)
         return tl.trans(codes)
 
 
@@ -221,10 +224,10 @@ def _attend(
 ):  # fmt: skip
     """Attention over the tokens of [begin, end) in tiles [first, last), into the workspace."""
     TILES: tl.constexpr = (AT[0] + TILE - 1) // TILE
-    q = _prepare(query, q_stride, K, DTYPE, GROUP, ROWS)
+    q = _prepare(query, q_stride, score_scale, K, DTYPE, GROUP, ROWS)
     sums = ()
     for v in tl.static_range(len(V)):
-        sums = sums + (_no_sums(V[v][0], V[v][3], ROWS),)
+        sums = sums + (_no_sums(V[v][0], V[v][5], ROWS),)
     top = tl.full((ROWS,), float("-inf"), tl.float32)
     weight = tl.zeros((ROWS,), tl.float32)
     n = tl.arange(0, TILE)
@@ -236,9 +239,13 @@ def _attend(
         base = tl.multiple_of(cache + block * block_stride, 16)
         token = t + n
         position = i // TILES * AT[0] + token
-        valid = (token < AT[0]) & (position >= begin) & (position < end)
+        valid = position < end
+        if AT[0] % TILE != 0:
+            valid = valid & (token < AT[0])
+        if AT[9] == 1:  # an archive begins at 0
+            valid = valid & (position >= begin)
         s = _scores(q, base, token, valid, AT, K, TILE, DTYPE, ROWS, INTERPRET)
-        s = capped(s * score_scale, soft_cap, HAS_CAP)
+        s = capped(s, soft_cap, HAS_CAP)
         s = tl.where(valid[None, :], s, float("-inf"))
         new_top = tl.maximum(top, tl.max(s, 1))
         p = tl.exp2(s - new_top[:, None])
@@ -249,9 +256,9 @@ def _attend(
         top = new_top
     for v in tl.static_range(len(V)):
         row = tl.arange(0, sums[v].shape[0])
-        column = V[v][4] + tl.arange(0, V[v][3])
-        at = sums_ptr + row[:, None] * DIM + column[None, :]
-        tl.store(at, sums[v], (row < GROUP)[:, None])
+        column = tl.arange(0, V[v][5])
+        at = sums_ptr + row[:, None] * DIM + (V[v][4] + column)[None, :]
+        tl.store(at, sums[v], (row < GROUP)[:, None] & (column < V[v][3])[None, :])
     rows = tl.arange(0, ROWS)
     tl.store(maxima_ptr + rows, top)
     tl.store(weights_ptr + rows, weight)
