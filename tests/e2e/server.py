@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import socket
@@ -28,7 +29,8 @@ START_SECONDS = 240
 
 # What the page plan of k8v4 comes to for this model: 256 raw and 100 archived bytes per head.
 RAW_BLOCK, ARCHIVE_BLOCK = 32, 80
-POLICY = Policy(compress_after=256, keep_recent=128, align=160)
+POLICY = Policy(compress_after=256, keep_recent=128, align=ARCHIVE_BLOCK)
+HIT_STEP = math.lcm(RAW_BLOCK, ARCHIVE_BLOCK)
 ARGUMENTS = (
     *("--served-model-name", NAME, "--max-model-len", str(MAX_MODEL_LEN), "--enforce-eager"),
     *("--kv-compression-preset", "k8v4", "--enable-prompt-tokens-details"),

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from openai import BadRequestError, OpenAI
 
-from .server import MAX_MODEL_LEN, NAME, POLICY, Server
+from .server import HIT_STEP, MAX_MODEL_LEN, NAME, POLICY, Server
 
 pytestmark = pytest.mark.e2e
 
@@ -116,7 +116,7 @@ def test_a_long_prompt_comes_from_the_prefix_cache_the_second_time(client: OpenA
     length = answers[0].usage.prompt_tokens
     assert length > 1500
     cached = [answer.usage.prompt_tokens_details.cached_tokens for answer in answers]
-    assert cached == [0, length - 1 - (length - 1) % POLICY.align]
+    assert cached == [0, length - 1 - (length - 1) % HIT_STEP]
     assert cached[1] > POLICY.boundary(length)  # archived tokens and raw ones behind them
     assert PLACES[0] in answers[0].choices[0].text
     assert answers[0].choices[0].text == answers[1].choices[0].text

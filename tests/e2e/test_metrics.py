@@ -18,7 +18,16 @@ import pytest
 from vllm_kvpca.cli.metrics_docs import STATES
 from vllm_kvpca.metrics import METRICS
 
-from .server import ARCHIVE_BLOCK, MAX_MODEL_LEN, NAME, POLICY, RAW_BLOCK, Scrape, Server
+from .server import (
+    ARCHIVE_BLOCK,
+    HIT_STEP,
+    MAX_MODEL_LEN,
+    NAME,
+    POLICY,
+    RAW_BLOCK,
+    Scrape,
+    Server,
+)
 
 pytestmark = pytest.mark.e2e
 
@@ -226,8 +235,8 @@ def test_tokens_of_one_sequence_follow_the_policy(one: list[Scrape]):
     lengths = [int(c.raw_tokens + c.archived_tokens) for c in map(Cache.of, filter(follows, one))]
     lengths = [length for length in lengths if length]
     assert lengths == sorted(lengths)
-    # However slow the machine, at least one reading of each of the three stages.
-    assert {POLICY.boundary(n) for n in lengths} == {0, 160, 320}
+    # However slow the machine, at least one reading of the longest stages.
+    assert {0, 160, 240} <= {POLICY.boundary(n) for n in lengths} <= {0, 80, 160, 240, 320}
 
 
 def test_one_sequence_holds_the_blocks_its_tokens_need(one: list[Scrape]):
@@ -236,13 +245,13 @@ def test_one_sequence_holds_the_blocks_its_tokens_need(one: list[Scrape]):
     def holds(scrape: Scrape) -> bool:
         cache = Cache.of(scrape)
         length = int(cache.raw_tokens + cache.archived_tokens)
-        needed = -(-cache.raw_tokens // RAW_BLOCK) * PAGE
-        # Raw blocks are given back one step after their tokens were archived.
-        late = POLICY.boundary(length) - POLICY.boundary(length - 2)
-        if length and not late:
+        # Raw blocks are given back one step after all their tokens were archived.
+        first, before = (POLICY.boundary(n) // RAW_BLOCK for n in (length, length - 2))
+        needed = (-(-length // RAW_BLOCK) - first) * PAGE
+        if length and first == before:
             settled.add(length)
         right = cache.archived_bytes == cache.archived_tokens // ARCHIVE_BLOCK * PAGE
-        return right and needed <= cache.raw_bytes <= needed + late // RAW_BLOCK * PAGE
+        return right and needed <= cache.raw_bytes <= needed + (first - before) * PAGE
 
     assert agree(one, holds)
     assert len(settled) > 3
@@ -310,7 +319,7 @@ def test_a_shared_prefix_counts_for_each_sequence_but_is_stored_once(several: li
     ]
     assert shared, "the second request with the prompt never ran beside the first"
     more = {c.archived_tokens / ARCHIVE_BLOCK - c.archived_bytes / PAGE for c in shared}
-    assert POLICY.boundary(800 - 800 % POLICY.align) / ARCHIVE_BLOCK in more
+    assert POLICY.boundary(800 - 800 % HIT_STEP) / ARCHIVE_BLOCK in more
 
 
 def test_nothing_is_held_once_all_have_ended(one: list[Scrape], several: list[Scrape]):

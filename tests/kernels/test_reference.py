@@ -44,8 +44,9 @@ def test_new_tokens_attend_causally(tokens, group, soft_cap):
 
 
 @pytest.mark.parametrize("rows", [1, 3, 40])
-def test_recent_tokens_ignore_what_lies_beyond_a_length(rows):
-    """Blocks past a sequence's end hold NaN: they must not reach the result."""
+@pytest.mark.parametrize("skips", [[0, 0, 0], [0, 5, 31]])
+def test_recent_tokens_ignore_what_lies_outside(rows, skips):
+    """Blocks past a sequence's end hold NaN, and its first tokens may be archived."""
     torch.manual_seed(1)
     lengths = torch.tensor([1, 33, 95])
     recent = torch.full((9, 2, RAW_BLOCK, 2 * HEAD_DIM), float("nan"), dtype=torch.bfloat16)
@@ -56,12 +57,12 @@ def test_recent_tokens_ignore_what_lies_beyond_a_length(rows):
         slots = table[i, position // RAW_BLOCK] * RAW_BLOCK + position % RAW_BLOCK
         reference.store(recent, key[i, :n], value[i, :n], slots)
     query = torch.randn(3, 2, rows, HEAD_DIM)
-    part = reference.attend_recent(query, recent, table, lengths, 0.125)
-    for i, n in enumerate(lengths.tolist()):
+    skips = torch.tensor(skips)
+    part = reference.attend_recent(query, recent, table, skips, lengths - skips, 0.125)
+    for i, (skip, n) in enumerate(zip(skips.tolist(), lengths.tolist(), strict=True)):
         for h in range(2):
-            wanted = dense(
-                query[i, h], key[i, :n, h], value[i, :n, h], torch.ones(rows, n).bool(), 0.125
-            )
+            seen = torch.ones(rows, n - skip).bool()
+            wanted = dense(query[i, h], key[i, skip:n, h], value[i, skip:n, h], seen, 0.125)
             torch.testing.assert_close(part.out[i, h].double(), wanted, rtol=1e-4, atol=1e-5)
 
 

@@ -9,12 +9,12 @@ import torch
 from kernel_cases import step_tensors
 
 from vllm_kvpca.codec.policy import Policy
-from vllm_kvpca.serving.batch import _leading_nulls
+from vllm_kvpca.serving.batch import starts as planned
 
 kernel = pytest.importorskip("vllm_kvpca.kernels.starts", exc_type=ImportError)
 
 RAW_BLOCK = 32
-POLICY = Policy(300, 40, 96)
+POLICY = Policy(300, 40, 80)
 
 
 def table_of(sequences, width, device):
@@ -25,13 +25,6 @@ def table_of(sequences, width, device):
     return table[:, :-2]  # rows that are not contiguous with each other
 
 
-def planned(query_start, lengths, table, policy):
-    """What plan_step takes as start."""
-    computed = (lengths - query_start.diff()).clamp_min(0)
-    nulls = _leading_nulls(table, computed, RAW_BLOCK) * RAW_BLOCK
-    return torch.minimum(computed, torch.maximum(policy.boundaries(computed), nulls)).int()
-
-
 def check(sequences, policy, device):
     """Sequences are (computed, new, leading null rows); returns the kernel's starts."""
     query_start, lengths, _ = step_tensors(sequences, device)
@@ -39,7 +32,8 @@ def check(sequences, policy, device):
     table = table_of(sequences, width, device)
     out = torch.full((len(sequences) + 1,), -7, dtype=torch.int32, device=device)
     kernel.starts(query_start, lengths, table, RAW_BLOCK, policy, out[:-1])
-    assert out[:-1].tolist() == planned(query_start, lengths, table, policy).tolist()
+    computed = (lengths - query_start.diff()).clamp_min(0)
+    assert out[:-1].tolist() == planned(table, computed, RAW_BLOCK, policy).tolist()
     assert out[-1] == -7
     return out[:-1].tolist()
 
@@ -51,15 +45,14 @@ def check(sequences, policy, device):
         (0, 0, 5, 0),  # one with a null table
         (0, 7, 0, 0),  # a new prompt
         (300, 1, 0, 0),  # at the threshold
-        (301, 1, 6, 192),  # over it: as many null rows as the boundary has
-        (301, 1, 0, 192),  # not given back yet
-        (100, 9, 3, 96),  # a prefix hit in a sequence that is still short
+        (301, 1, 7, 240),  # over it: null rows up to the one that the boundary falls into
+        (301, 1, 0, 240),  # not given back yet
+        (100, 9, 2, 80),  # a prefix hit in a sequence that is still short
         (320, 9, 10, 320),  # a prefix hit beyond the boundary, up to a block border
-        (330, 9, 11, 330),  # and beyond what is computed
-        (96, 500, 3, 96),  # everything computed is archived; the rest of the row is new
-        (96, 500, 8, 96),  # null rows of new tokens do not count
-        (64, 1, 2, 64),  # computed on a block border, all of it null
-        (64, 1, 1, 32),
+        (340, 9, 10, 320),
+        (160, 500, 5, 160),  # everything computed is archived
+        (160, 500, 8, 160),  # null rows of new tokens do not count
+        (290, 1, 7, 240),  # a prefix hit whose archived part ends inside a raw block
     ],
 )
 def test_where_a_sequence_starts(computed, new, nulls, start, device):
@@ -70,9 +63,9 @@ def test_where_a_sequence_starts(computed, new, nulls, start, device):
 def test_more_null_rows_than_are_looked_at_together(nulls, device):
     """A threshold that is never reached: the search begins at row 0."""
     never = Policy(10**6, 0, 96)
-    assert check([(199 * RAW_BLOCK + 5, 1, nulls)], never, device) == [
-        min(199 * RAW_BLOCK + 5, nulls * RAW_BLOCK)
-    ]
+    archived = -(-nulls * RAW_BLOCK // 96) * 96
+    computed = 199 * RAW_BLOCK + 5
+    assert check([(computed, 1, nulls)], never, device) == [min(computed, archived)]
 
 
 @pytest.mark.parametrize("seed", range(4))

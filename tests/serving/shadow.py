@@ -226,10 +226,14 @@ class Worker:
             seen.append(bucket.tokens[bucket.valid])
             for row, token in enumerate(bucket.tokens[:, 0]):
                 part = parts[int((first == token).nonzero()[-1])]
+                archived, skipped, recent = (
+                    int(x[row])
+                    for x in (bucket.archive_lengths, bucket.recent_skips, bucket.recent_lengths)
+                )
                 prefix = torch.cat(
                     [
-                        self._read("archive", bucket.archive_table, bucket.archive_lengths, row),
-                        self._read("recent", bucket.recent_table, bucket.recent_lengths, row),
+                        self._read("archive", bucket.archive_table, row, 0, archived),
+                        self._read("recent", bucket.recent_table, row, skipped, recent),
                     ]
                 )
                 if not torch.equal(prefix, part.sequence.identity[: part.computed]):
@@ -238,9 +242,9 @@ class Worker:
             raise ShadowError("new tokens attend twice or not at all")
 
     def _read(
-        self, role: str, table: torch.Tensor | None, lengths: torch.Tensor, row: int
+        self, role: str, table: torch.Tensor | None, row: int, skipped: int, length: int
     ) -> torch.Tensor:
-        position = torch.arange(int(lengths[row]))
+        position = torch.arange(skipped, skipped + length)
         if table is None:
             if len(position):
                 raise ShadowError(f"{role}: tokens without a block table")

@@ -54,7 +54,7 @@ def run(sequences, counts, policy, recent_pages, archive_pages, codec):
 def test_random_steps_equal_dense_attention(seed, thresholds):
     rng = random.Random(seed)
     torch.manual_seed(seed)
-    policy = Policy(*thresholds, align=96)
+    policy = Policy(*thresholds, align=ARCHIVE_BLOCK)
     preset = Preset("raw", FORMATS["raw"])
     codec = LayerCodec(preset.layout(HEAD_DIM, ARCHIVE_BLOCK), None, None, torch.bfloat16)
     blocks = 200

@@ -207,7 +207,7 @@ def make_run(name: str, thresholds: tuple[int, int], seed: int, device: torch.de
     preset = Preset(name, FORMATS[name])
     k, v = (preset.basis(which, 0, list(range(KV_HEADS)), HEAD_DIM) for which in "kv")
     codec = LayerCodec(preset.layout(HEAD_DIM, ARCHIVE_BLOCK), k, v, DTYPE)
-    return Run(Policy(*thresholds, align=96), codec, random.Random(seed), device)
+    return Run(Policy(*thresholds, align=ARCHIVE_BLOCK), codec, random.Random(seed), device)
 
 
 @pytest.mark.parametrize("seed, thresholds", [(0, (96, 48)), (1, (0, 0)), (2, (64, 64))])

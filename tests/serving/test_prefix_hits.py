@@ -35,7 +35,7 @@ class Pool:
 
 def make_pool(raw=(0, 0), archived=(0, 0), policy=(192, 96)) -> Pool:
     pool = Pool()
-    policy = Policy(*policy, align=ALIGN)
+    policy = Policy(*policy, align=ARCHIVE_BLOCK)
     GroupView.announce(pool, "recent", GroupView(RECENT, RAW_BLOCK, policy, 0))
     GroupView.announce(pool, "archive", GroupView(ARCHIVE, ARCHIVE_BLOCK, policy, 0))
     pool.put(RECENT, RAW_BLOCK, *raw)
@@ -86,10 +86,10 @@ def test_the_archive_fills_in_for_evicted_raw_blocks():
     assert search(pool, 193) == (192, [NULL] * 3 + [128, 160, 192], [48, 96])
 
 
-def test_the_split_is_aligned_so_that_shared_archive_blocks_are_never_written():
-    """Raw from token 32 on: the split is at 96, not inside the second archive block."""
+def test_the_split_is_whole_archive_blocks_so_that_shared_ones_are_never_written():
+    """Raw from token 32 on: the split is at 48, inside the second raw block, not at 32."""
     pool = make_pool(raw=(32, 192), archived=(0, 192))
-    assert search(pool, 193) == (192, [NULL] * 3 + [128, 160, 192], [48, 96])
+    assert search(pool, 193) == (192, [NULL, 64, 96, 128, 160, 192], [48])
 
 
 def test_a_prefix_wholly_in_the_archive():

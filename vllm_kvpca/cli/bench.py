@@ -53,7 +53,8 @@ def kernels(
     for text in shape:
         batch, _, context = text.partition("x")
         chosen = decode_bench.Shape(int(batch), int(context), *heads)
-        rows += list(decode_bench.measure(chosen, [*decode_bench.PEERS, *preset]))
+        ours = [name + part for name in preset for part in ("", decode_bench.ALL_ARCHIVED)]
+        rows += list(decode_bench.measure(chosen, [*decode_bench.PEERS, *ours]))
     results = decode_bench.compare(rows, bandwidth)
     settings: dict[str, Any] = dict(zip(("heads", "kv_heads", "head_dim"), heads, strict=True))
     record = make_record("kernels", [], model, settings, results, seed=0)

@@ -29,6 +29,10 @@ ROTATE_BYTES = 1 << 28
 """Bytes of all sets together: several times the L2 of any GPU."""
 REPLAYS = 20
 STOCK_BLOCK = 16
+FLASH_SPLITS = 32
+"""Most splits that vLLM lets FlashAttention-3 make in a CUDA graph (its default)."""
+ALL_ARCHIVED = ", all archived"
+"""After a preset's name: without the raw tokens that keep_recent leaves in a running engine."""
 PEERS = ("fa3-bf16", "fa3-fp8", "turboquant_k8v4", "turboquant_4bit_nc")
 
 
@@ -131,8 +135,12 @@ def _lengths(shape: Shape) -> torch.Tensor:
 
 
 def _flash(shape: Shape, name: str) -> tuple[Call, int, float]:
-    """FlashAttention-3 over vLLM's pages; fp8 with queries in fp8 too, as vLLM does it."""
-    from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
+    """FlashAttention-3 over vLLM's pages, scheduled ahead as under vLLM's CUDA graphs; fp8 with
+    queries in fp8 too, as vLLM does it."""
+    from vllm.v1.attention.backends.fa_utils import (
+        flash_attn_varlen_func,
+        get_scheduler_metadata,
+    )
 
     fp8 = name == "fa3-fp8"
     token_bytes = raw_token_bytes(shape.head_dim) // (2 if fp8 else 1)
@@ -149,6 +157,20 @@ def _flash(shape: Shape, name: str) -> tuple[Call, int, float]:
         scales = {f"{which}_descale": one for which in "qkv"}
     starts = torch.arange(shape.batch + 1, dtype=torch.int32, device="cuda")
     lengths = _lengths(shape)
+    plan = get_scheduler_metadata(
+        batch_size=shape.batch,
+        max_seqlen_q=1,
+        max_seqlen_k=shape.context,
+        num_heads_q=shape.heads,
+        num_heads_kv=shape.kv_heads,
+        headdim=shape.head_dim,
+        cache_seqlens=lengths,
+        qkv_dtype=query.dtype,
+        cu_seqlens_q=starts,
+        page_size=STOCK_BLOCK,
+        causal=True,
+        num_splits=FLASH_SPLITS,
+    )
 
     def call(index: int) -> None:
         flash_attn_varlen_func(
@@ -163,6 +185,8 @@ def _flash(shape: Shape, name: str) -> tuple[Call, int, float]:
             softmax_scale=shape.head_dim**-0.5,
             causal=True,
             block_table=tables[index],
+            scheduler_metadata=plan,
+            num_splits=FLASH_SPLITS,
             fa_version=3,
             **scales,
         )
@@ -214,17 +238,19 @@ def _turboquant(shape: Shape, name: str) -> tuple[Call, int, float]:
 
 
 def _ours(shape: Shape, name: str) -> tuple[Call, int, float]:
-    """Our kernel as the engine calls it: page plan and policy of the default thresholds."""
+    """Our kernel as the engine calls it: page plan and policy of the default thresholds, or
+    of none where all is to be archived (up to whole blocks)."""
     from vllm_kvpca.kernels.decode import decode, make_workspace, plan_decode
     from vllm_kvpca.kernels.layer_codec import LayerCodec
 
-    preset = load_preset(name)
+    preset = load_preset(name.removesuffix(ALL_ARCHIVED))
+    after, kept = (0, 0) if name.endswith(ALL_ARCHIVED) else (512, 256)
     content = preset.layout(shape.head_dim).content_bytes
     raw = raw_token_bytes(shape.head_dim)
     plan = plan_pages(
-        raw, content, compress_after=512, keep_recent=256, max_model_len=shape.context + 1
+        raw, content, compress_after=after, keep_recent=kept, max_model_len=shape.context + 1
     )
-    policy = Policy(512, 256, plan.align)
+    policy = Policy(after, kept, plan.align)
     layout = preset.layout(shape.head_dim, plan.archive_block)
     kv_heads = list(range(shape.kv_heads))
     bases = {}
@@ -237,7 +263,8 @@ def _ours(shape: Shape, name: str) -> tuple[Call, int, float]:
     archive_tables, blocks = _tables(shape, sets, plan.archive_block, max(1, archived))
     # Raw rows below the boundary are null, as the cache manager leaves them.
     first = archived // plan.raw_block
-    tails, tail_blocks = _tables(shape, sets, plan.raw_block, recent_tokens - archived)
+    tail = max(1, recent_tokens - first * plan.raw_block)
+    tails, tail_blocks = _tables(shape, sets, plan.raw_block, tail)
     recent_tables = torch.nn.functional.pad(tails, (first, 0))
     pages = torch.randint(
         0, 256, (blocks, shape.kv_heads, layout.head_bytes), dtype=torch.uint8, device="cuda"

@@ -273,6 +273,7 @@ def attend_recent(
     query: torch.Tensor,
     recent: torch.Tensor,
     table: torch.Tensor,
+    skips: torch.Tensor,
     lengths: torch.Tensor,
     scale: float,
     soft_cap: float | None = None,
@@ -283,13 +284,15 @@ def attend_recent(
         query: (batch, kv_heads, rows, head_dim) float32.
         recent: (blocks, kv_heads, raw_block, 2 * head_dim).
         table: (batch, width) block ids, starting with each sequence's first raw block.
-        lengths: (batch,) raw tokens per sequence.
+        skips: (batch,) tokens of the first block that are archived.
+        lengths: (batch,) raw tokens per sequence, after those.
     """
     tile = _gather(recent, table)
-    sequence, block, token = _beyond(lengths, 0, table.shape[1], recent.shape[2])
+    ends = skips + lengths
+    sequence, block, token = _beyond(ends, 0, table.shape[1], recent.shape[2])
     tile[sequence, block, :, token] = 0
     key, value = components.expand(tile.transpose(1, 2)).chunk(2, -1)
-    mask = length_mask(lengths, 0, key.shape[2])
+    mask = length_mask(ends, 0, key.shape[2], skips)
     return partial_attention(query, key, value, mask, scale, soft_cap)
 
 

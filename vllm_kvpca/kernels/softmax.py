@@ -102,8 +102,13 @@ def _fused(
     return query.device.type == "cpu" and query.shape[2] > 32 and same_width and not soft_cap
 
 
-def length_mask(lengths: torch.Tensor, start: int, size: int) -> torch.Tensor:
-    """(batch, 1, 1, size) float32: 0 for positions start + j below the length, else MASKED."""
+def length_mask(
+    lengths: torch.Tensor, start: int, size: int, skips: torch.Tensor | None = None
+) -> torch.Tensor:
+    """(batch, 1, 1, size) float32: 0 for positions start + j in [skip, length), else MASKED."""
     position = torch.arange(start, start + size, device=lengths.device)
-    mask = torch.where(position[None, :] < lengths[:, None], 0.0, MASKED)
+    inside = position[None, :] < lengths[:, None]
+    if skips is not None:
+        inside &= position[None, :] >= skips[:, None]
+    mask = torch.where(inside, 0.0, MASKED)
     return mask[:, None, None, :]

@@ -1,7 +1,9 @@
 """Where the raw part of each sequence starts: `starts` of a step, on the device.
 
-    start = min(n, max(boundary(n), leading null rows * raw_block)),  n = computed tokens
+    start = min(n, max(boundary(n), leading null rows * raw_block rounded up to `align`))
 
+with n computed tokens: the boundary is a multiple of `align`, and the raw block it falls into
+is not null.
 One program per sequence reads its block-table row from the boundary on until it meets a
 block that is not null: as a rule that is the first one it looks at.
 """
@@ -86,4 +88,4 @@ def _starts(
         first = tl.min(tl.where(block != 0, offset, ROWS), 0)
         row += first
         searching = (first == ROWS) & (row < rows)
-    tl.store(out + sequence, tl.minimum(computed, row * RAW_BLOCK))
+    tl.store(out + sequence, tl.minimum(computed, tl.cdiv(row * RAW_BLOCK, ALIGN) * ALIGN))

@@ -1,10 +1,12 @@
 """Which raw and archive block sizes share one page.
 
 Both groups draw pages of equal bytes from one pool, so an archive block holds as many
-tokens as fit into a raw block's bytes. Whole multiples of 8 tokens waste some bytes, and
-the boundary and prefix-cache hits move in steps of the least common multiple of both block
-sizes. The planner weighs the two: it takes the pair with which one sequence of
-max_model_len tokens occupies the fewest bytes.
+tokens as fit into a raw block's bytes. The boundary moves by whole archive blocks; the raw
+block it falls into stays until the boundary has passed it. Whole multiples of 8 tokens waste
+some bytes, and large blocks leave more tokens raw. The planner weighs the two: it takes the
+pair with which one sequence of max_model_len tokens occupies the fewest bytes.
+
+Prefix-cache hits have lengths that are multiples of both block sizes, as vLLM wants them.
 """
 
 from __future__ import annotations
@@ -19,19 +21,25 @@ from vllm_kvpca.pages.layout import TOGETHER
 
 BLOCK_STEP = TOGETHER
 RAW_BLOCKS = tuple(range(32, 257, BLOCK_STEP))
-MAX_ALIGN = 640
-"""Tokens; larger steps would make prefix-cache hits and the boundary too coarse."""
+MAX_HIT_STEP = 640
+"""Tokens; larger steps would make prefix-cache hits too coarse."""
 
 
 @dataclass(frozen=True)
 class PagePlan:
-    """Tokens per raw block, per archive block, and the step of the boundary."""
+    """Tokens per raw block and per archive block, which is never smaller."""
 
     raw_block: int
     archive_block: int
 
     @property
     def align(self) -> int:
+        """Step of the boundary."""
+        return self.archive_block
+
+    @property
+    def hit_step(self) -> int:
+        """Step of a prefix-cache hit's length."""
         return math.lcm(self.raw_block, self.archive_block)
 
     def page_bytes_per_head(self, raw_bytes: int) -> int:
@@ -42,33 +50,32 @@ def peak_raw_blocks(policy: Policy, raw_block: int, max_model_len: int, batches:
     """Most raw blocks one sequence holds at a time.
 
     The settled part holds up to compress_after raw tokens, or less than keep_recent + align
-    of them once it is archived; each step in flight adds one such tail, because its
-    predecessor's blocks are freed only after it was processed. The boundary is a multiple
-    of the block size, so no block is split.
+    of them once it is archived, in blocks whose first may begin before the boundary; each
+    step in flight adds one such tail, because its predecessor's blocks are freed only after
+    it was processed.
     """
-    tail = -(-(policy.keep_recent + policy.align) // raw_block)
+    before = raw_block - math.gcd(raw_block, policy.align)
+    tail = -(-(policy.keep_recent + policy.align + before) // raw_block)
     held = max(-(-policy.compress_after // raw_block), tail) + batches * tail
     return min(-(-max_model_len // raw_block), held)
 
 
-def decoding_raw_blocks(
-    policy: Policy, raw_block: int, max_model_len: int, batches: int = 1
-) -> int:
-    """Most raw blocks of a sequence that decodes its last tokens up to max_model_len.
+def decoding_blocks(policy: Policy, raw_block: int, max_model_len: int) -> int:
+    """Most blocks of both groups in use by a decoding sequence of up to `max_model_len` tokens.
 
-    Less than `peak_raw_blocks`: a decoding step adds one token and leaves no tail behind, so
-    each further step in flight adds one token to what the policy keeps raw.
+    Not counted is the moment when tokens have just been archived and their raw blocks wait
+    for the step to be processed: in one of `align` steps, and admission counts it
+    (`peak_raw_blocks`).
     """
-    raw = max_model_len
-    if policy.boundary(max_model_len):
-        raw = min(raw, policy.keep_recent + policy.align + batches - 1)
-    return -(-raw // raw_block)
-
-
-def sequence_blocks(plan: PagePlan, policy: Policy, max_model_len: int, batches: int = 1) -> int:
-    """Blocks of both groups in use by one decoding sequence of `max_model_len` tokens."""
-    archive = -(-policy.boundary(max_model_len) // plan.archive_block)
-    return archive + decoding_raw_blocks(policy, plan.raw_block, max_model_len, batches)
+    # Raw blocks only grow between two moves of the boundary: look at the ends of the last few.
+    moved = policy.boundary(max_model_len) + policy.keep_recent
+    ends = (moved - 1 - i * policy.align for i in range(raw_block))
+    lengths = [max_model_len, min(max_model_len, policy.compress_after)]
+    lengths += [n for n in ends if policy.compress_after < n < max_model_len]
+    return max(
+        policy.boundary(n) // policy.align - (-n // raw_block) - policy.boundary(n) // raw_block
+        for n in lengths
+    )
 
 
 def peak_blocks(plan: PagePlan, policy: Policy, max_model_len: int, batches: int = 1) -> int:
@@ -84,7 +91,6 @@ def plan_pages(
     compress_after: int,
     keep_recent: int,
     max_model_len: int,
-    batches: int = 1,
     raw_blocks: Iterable[int] = RAW_BLOCKS,
 ) -> PagePlan:
     """The pair of block sizes that fits most tokens of a max_model_len sequence.
@@ -92,7 +98,6 @@ def plan_pages(
     Args:
         raw_bytes, archive_bytes: bytes of one token and head, raw and archived.
         compress_after, keep_recent, max_model_len: tokens.
-        batches: steps that vLLM keeps in flight (2 with async scheduling).
         raw_blocks: candidates for the raw block size.
 
     Raises:
@@ -101,8 +106,8 @@ def plan_pages(
     best: tuple[float, int, PagePlan] | None = None
     for plan in _candidates(raw_bytes, archive_bytes, raw_blocks):
         policy = Policy(compress_after, keep_recent, plan.align)
-        blocks = sequence_blocks(plan, policy, max_model_len, batches)
-        key = (blocks * plan.raw_block * raw_bytes, plan.align, plan)
+        blocks = decoding_blocks(policy, plan.raw_block, max_model_len)
+        key = (blocks * plan.raw_block * raw_bytes, plan.hit_step, plan)
         if best is None or key[:2] < best[:2]:
             best = key
     if best is None:
@@ -120,5 +125,5 @@ def _candidates(
         most = raw_block * raw_bytes // archive_bytes
         for archive_block in range(BLOCK_STEP, most + 1, BLOCK_STEP):
             plan = PagePlan(raw_block, archive_block)
-            if plan.align <= MAX_ALIGN:
+            if archive_block >= raw_block and plan.hit_step <= MAX_HIT_STEP:
                 yield plan

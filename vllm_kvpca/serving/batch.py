@@ -3,10 +3,11 @@
 Sequence i of a step has n_i computed and q_i new tokens, s_i = n_i + q_i. Before the step
 [0, start_i) is archived and [start_i, n_i) raw; the step archives [start_i, boundary(s_i)).
 
-    start_i = min(n_i, max(boundary(n_i), leading null rows * raw_block))
+    start_i = min(n_i, max(boundary(n_i), leading null rows * raw_block rounded up to align))
 
 because a prefix-cache hit may begin with archived tokens in a sequence that is still short:
-its raw rows are null there.
+its raw rows are null there. (Rounded up, because archived parts end with a block, and the raw
+block in which they end is not null.)
 """
 
 from __future__ import annotations
@@ -63,6 +64,7 @@ class Bucket:
         valid: (batch, queries) whether a position is a real token.
         archive_table, recent_table: (batch, width) block ids, or None if none has any.
         archive_lengths, recent_lengths: (batch,) tokens in each part.
+        recent_skips: (batch,) archived tokens in the first raw block.
     """
 
     tokens: torch.Tensor
@@ -71,6 +73,7 @@ class Bucket:
     archive_lengths: torch.Tensor
     recent_table: torch.Tensor | None
     recent_lengths: torch.Tensor
+    recent_skips: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -110,19 +113,22 @@ def plan_step(step: StepInput) -> Step:
     queries, lengths = queries[active].long(), step.lengths[active].long()
     recent, archived = step.recent_table[active].long(), step.archive_table[active].long()
     computed = lengths - queries
-    start = torch.minimum(
-        computed,
-        torch.maximum(
-            step.policy.boundaries(computed),
-            _leading_nulls(recent, computed, step.recent_block) * step.recent_block,
-        ),
-    )
+    start = starts(recent, computed, step.recent_block, step.policy)
     sequence, position = _ragged(computed, lengths)
     return Step(
         store_slots=_slots(recent, sequence, position, step.recent_block),
         archive=_archive_work(step, recent, archived, first_token, computed, start, lengths),
         buckets=_buckets(step, recent, archived, first_token, queries, computed, start),
     )
+
+
+def starts(
+    recent: torch.Tensor, computed: torch.Tensor, block: int, policy: Policy
+) -> torch.Tensor:
+    """Tokens of each sequence that are archived before the step; see the module."""
+    null = _leading_nulls(recent, computed, block) * block
+    archived = -(-null // policy.align) * policy.align
+    return torch.minimum(computed, torch.maximum(policy.boundaries(computed), archived))
 
 
 def _leading_nulls(table: torch.Tensor, computed: torch.Tensor, block: int) -> torch.Tensor:
@@ -180,8 +186,6 @@ def _buckets(
     start: torch.Tensor,
 ) -> list[Bucket]:
     archive_rows = -(-start // step.archive_block)
-    # The first raw block may hold a few archived tokens only if start is not on a block
-    # border, and then there are no raw tokens at all (start = computed).
     recent_first = start // step.recent_block
     recent_rows = torch.where(computed > start, -(-computed // step.recent_block) - recent_first, 0)
     buckets = []
@@ -201,6 +205,7 @@ def _buckets(
                 archive_lengths=start[rows],
                 recent_table=_window(recent, rows, recent_first, recent_rows),
                 recent_lengths=(computed - start)[rows],
+                recent_skips=(start % step.recent_block)[rows],
             )
         )
     return buckets

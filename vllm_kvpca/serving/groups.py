@@ -21,7 +21,7 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from vllm_kvpca.codec.policy import Policy
 from vllm_kvpca.errors import OptionsError
-from vllm_kvpca.pages.plan import decoding_raw_blocks, peak_raw_blocks
+from vllm_kvpca.pages.plan import decoding_blocks, peak_raw_blocks
 from vllm_kvpca.serving.prefix_hits import GroupView, joint_hit
 
 
@@ -64,7 +64,8 @@ class RecentSpec(_AdaptiveSpec, AttentionSpec):
         """What a decoding sequence holds; the tails that prefill leaves for a moment are in
         `peak_blocks`, which admission and the check at start go by."""
         longest = vllm_config.model_config.max_model_len
-        blocks = decoding_raw_blocks(self.policy, self.block_size, longest, self.batches)
+        archived = self.policy.boundary(longest) // self.policy.align
+        blocks = decoding_blocks(self.policy, self.block_size, longest) - archived
         return blocks * self.page_size_bytes
 
 

@@ -156,7 +156,6 @@ def page_plan(
         compress_after=options.compress_after,
         keep_recent=options.keep_recent,
         max_model_len=vllm_config.model_config.max_model_len,
-        batches=vllm_config.max_concurrent_batches,
         raw_blocks=raw_blocks or (block,),
     )
 

@@ -61,8 +61,8 @@ def joint_hit(block_hashes: Any, max_length: int, pool: Any, alignment: int) -> 
         alignment: tokens; a hit's length is a multiple of it.
 
     Returns:
-        The hit; raw rows below its archived part are the null block, from which the worker
-        reads off where the raw tokens start.
+        The hit; raw rows that lie below its archived part as a whole are the null block, from
+        which the worker reads off where the raw tokens start.
     """
     recent, archive = GroupView.of(pool)
     find_raw = _lookup(block_hashes, pool, recent)
@@ -76,7 +76,7 @@ def joint_hit(block_hashes: Any, max_length: int, pool: Any, alignment: int) -> 
     covered = len(archived) * archive.block_size
 
     for length in range(max_length // alignment * alignment, 0, -alignment):
-        split = _split(find_raw, recent, alignment, length, covered)
+        split = _split(find_raw, recent, archive.block_size, length, covered)
         if split is not None:
             first, rows = split // recent.block_size, length // recent.block_size
             raw = [find_raw(row) if row >= first else pool.null_block for row in range(rows)]
@@ -103,14 +103,14 @@ def _lookup(block_hashes: Any, pool: Any, group: GroupView) -> Callable[[int], A
 
 
 def _split(
-    find_raw: Callable[[int], Any], recent: GroupView, alignment: int, length: int, covered: int
+    find_raw: Callable[[int], Any], recent: GroupView, step: int, length: int, covered: int
 ) -> int | None:
-    """Smallest b, a multiple of `alignment` and no lower than the boundary, such that raw
-    blocks hold [b, length) and the archive holds [0, b). Multiples of the alignment, so that
-    no shared archive block is ever written again."""
+    """Smallest b, a multiple of `step` and no lower than the boundary, such that raw blocks
+    hold [b, length) and the archive holds [0, b). Whole archive blocks, so that none that is
+    shared is ever written again."""
     lowest = recent.policy.boundary(length)
     row = length // recent.block_size
     while row * recent.block_size > lowest and find_raw(row - 1) is not None:
         row -= 1
-    split = max(lowest, -(-(row * recent.block_size) // alignment) * alignment)
+    split = max(lowest, -(-(row * recent.block_size) // step) * step)
     return split if split <= covered else None

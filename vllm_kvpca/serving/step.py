@@ -86,8 +86,8 @@ def _attend(
     key, value = (x[bucket.tokens].float().transpose(1, 2) for x in (tokens.key, tokens.value))
     part = reference.attend_new(query, key, value, group, scale, soft_cap)
     if bucket.recent_table is not None:
-        lengths = bucket.recent_lengths
-        raw = reference.attend_recent(query, recent, bucket.recent_table, lengths, scale, soft_cap)
+        window = bucket.recent_skips, bucket.recent_lengths
+        raw = reference.attend_recent(query, recent, bucket.recent_table, *window, scale, soft_cap)
         part = merge(part, raw)
     if bucket.archive_table is not None:
         lengths = bucket.archive_lengths
