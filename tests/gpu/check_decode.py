@@ -211,7 +211,7 @@ def timing_cases(name, batch, length, recent, tuning=None, dim=128, heads=28, kv
     """Copies of one shape that together exceed L2 four times; random codes, scales near 1/64."""
     torch.manual_seed(0)
     dtype = torch.bfloat16
-    block = {"k8v4": 160, "k8v8": 96}.get(name, 64)
+    block = {"k8v4": 104, "k8v8": 88, "v-mixed": 80}.get(name, 64)
     codec = make_codec(name, dim, kv_heads, block, dtype, k_basis=False)
     layout, start = codec.layout, length - 1 - recent
     size = batch * kv_heads * (start * layout.content_bytes + recent * 4 * dim)

@@ -24,7 +24,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "e2e")]
 
-from engines import GREEDY, TIE, run  # noqa: E402
+from engines import GREEDY, TIE, model, run  # noqa: E402
 
 COMPRESS = {"compress_after": 256, "keep_recent": 128}
 MEMORY = {"gpu_memory_utilization": 0.15, "kv_cache_memory_bytes": 4 << 30}
@@ -102,6 +102,7 @@ def check_random_requests(count: int = 500) -> bool:
 
 def main(path: str) -> None:
     reference = json.loads(Path(path).read_text())
+    model()  # converted once, not by every thread
     with ThreadPoolExecutor() as pool:
         waves = pool.submit(check_random_requests)
         running = [

@@ -24,7 +24,7 @@ WORKER = Path(__file__).parents[1] / "gpu" / "check_decode.py"
 FORMATS = ["raw", "k8v8", "k8v4", "v-mixed", "v-rank-int8", "k-mixed"]
 
 # (start, recent) of each sequence; None is a row of padding.
-MIXED = ([0, 0, 96, 160, 0], [0, 17, 0, 63, None])
+MIXED = ([0, 0, 96, 144, 0], [0, 17, 0, 63, None])
 SINGLE = ([0, 0, 0, 0, 0], [0, 15, 16, 62, 999])
 ARCHIVED = ([16, 48, 1008], [0, 0, 0])
 

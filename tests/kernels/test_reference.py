@@ -56,6 +56,7 @@ def test_recent_tokens_ignore_what_lies_outside(rows, skips):
         position = torch.arange(n)
         slots = table[i, position // RAW_BLOCK] * RAW_BLOCK + position % RAW_BLOCK
         reference.store(recent, key[i, :n], value[i, :n], slots)
+        recent[table[i, 0], :, : skips[i]] = float("nan")
     query = torch.randn(3, 2, rows, HEAD_DIM)
     skips = torch.tensor(skips)
     part = reference.attend_recent(query, recent, table, skips, lengths - skips, 0.125)

@@ -71,10 +71,8 @@ def plan_decode(
         *(len(lengths), capacity, workspace.target),
         LEAST_TOKENS * raw_token_bytes(layout.head_dim) // COST_BYTES,
         A_COST=archive.cost,
-        A_BLOCK=archive.block,
         A_TILE=tuning.archive_tile,
         R_COST=raw.cost,
-        R_BLOCK=raw.block,
         R_TILE=tuning.recent_tile,
         BATCH=batch_lanes(len(lengths)),
         LISTED=LISTED,
@@ -200,19 +198,20 @@ def launches(
     # Few programs: one per query head, so that many read a sequence's many chunks. Many
     # programs: one per KV head, so that the basis is read once for its query heads.
     alone = batch * kv_heads <= FEW_MERGES
+    merged, step, warps = tuning.merge or ((1, 32, 4) if alone else (row_count(group), 1, 4))
     merge = {
         **shared,
         "DROPPED": dropped_columns(layout.v_bands),
-        "MERGED": 1 if alone else row_count(group),
+        "MERGED": merged,
         "WIDTH": triton.next_power_of_2(head_dim),
-        "STEP": 32 if alone else 1,
+        "STEP": step,
         "SPAN_FIELDS": SPAN_FIELDS,
         "HAS_BASIS": has_basis,
         "PRECISION": _basis_precision(dtype),
     }
     return (
         Launch(split_kernel, split, _options(tuning)),
-        Launch(merge_kernel, merge, {"num_warps": 4}),
+        Launch(merge_kernel, merge, {"num_warps": warps}),
     )
 
 

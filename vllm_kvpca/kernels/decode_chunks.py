@@ -1,7 +1,7 @@
 """Which program of a decode step attends to what: a list of chunks, made on the device.
 
-A chunk is a run of tiles of one sequence's archive or of its recent part; a tile is up to
-TILE tokens of one block. Chunks weigh about the same (by bytes), however unequal the
+A chunk is a run of tiles of one sequence's archive or of its recent part; tile i is the tokens
+[i * TILE, (i + 1) * TILE) as far as they belong to the part. Chunks weigh about the same (by bytes), however unequal the
 sequences are, and the list's capacity depends on nothing the host does not know. All layers
 of a shape share the list of a step.
 
@@ -27,17 +27,10 @@ LISTED = 32
 
 
 @triton.jit
-def _tile_of(token, BLOCK: tl.constexpr, TILE: tl.constexpr):
-    """Index of a token's tile: blocks are cut into tiles one by one, the last may be short."""
-    return token // BLOCK * ((BLOCK + TILE - 1) // TILE) + token % BLOCK // TILE
-
-
-@triton.jit
-def _tiles(begin, end, BLOCK: tl.constexpr, TILE: tl.constexpr):
+def _tiles(begin, end, TILE: tl.constexpr):
     """(first tile, number of tiles) of tokens [begin, end)."""
-    first = _tile_of(begin, BLOCK, TILE)
-    last = _tile_of(end - 1, BLOCK, TILE) + 1
-    return first, tl.where(end > begin, last - first, 0)
+    first = begin // TILE
+    return first, tl.where(end > begin, tl.cdiv(end, TILE) - first, 0)
 
 
 @triton.jit
@@ -75,8 +68,7 @@ def _list(chunks, index, begin_at, part, first, tiles, size, count, begin, end, 
 @triton.jit
 def chunks_kernel(
     starts, lengths, chunks, spans, batch, capacity, target, least,
-    A_COST: tl.constexpr, A_BLOCK: tl.constexpr, A_TILE: tl.constexpr,
-    R_COST: tl.constexpr, R_BLOCK: tl.constexpr, R_TILE: tl.constexpr,
+    A_COST: tl.constexpr, A_TILE: tl.constexpr, R_COST: tl.constexpr, R_TILE: tl.constexpr,
     BATCH: tl.constexpr, LISTED: tl.constexpr, CHUNK_FIELDS: tl.constexpr,
     SPAN_FIELDS: tl.constexpr,
 ):  # fmt: skip
@@ -85,15 +77,15 @@ def chunks_kernel(
     Args:
         starts, lengths: (batch,) int32, see kernels.decode.decode.
         capacity: rows of `chunks`. target: chunks to aim at. least: least cost of one.
-        A_*, R_*: cost of a token, tokens per block and per tile, of archive and recent.
+        A_*, R_*: cost of a token, and tokens per tile, of archive and recent.
     """
     i = tl.arange(0, BATCH)
     start = tl.load(starts + i, i < batch, other=0)
     length = tl.load(lengths + i, i < batch, other=0)
     start = tl.where(length > 0, start, 0)
     end = tl.maximum(length - 1, 0)
-    a_first, a_tiles = _tiles(tl.zeros_like(start), start, A_BLOCK, A_TILE)
-    r_first, r_tiles = _tiles(start, end, R_BLOCK, R_TILE)
+    a_first, a_tiles = _tiles(tl.zeros_like(start), start, A_TILE)
+    r_first, r_tiles = _tiles(start, end, R_TILE)
     a_tile_cost: tl.constexpr = A_COST * A_TILE
     r_tile_cost: tl.constexpr = R_COST * R_TILE
     cost = tl.sum(a_tiles.to(tl.int64)) * a_tile_cost + tl.sum(r_tiles.to(tl.int64)) * r_tile_cost

@@ -50,6 +50,7 @@ class Tuning:
     programs: int = 16
     waves: int = 1
     registers: int | None = 128
+    merge: tuple[int, int, int] | None = None
 
 
 @dataclass(frozen=True)

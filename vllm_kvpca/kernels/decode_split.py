@@ -13,6 +13,9 @@ outputs over tokens, of which 8 lie together (decode_ops). Weights are quantized
 the largest weight of their tile, so that small tiles lose nothing to large ones.
 
 A token of a recent page is one row, K then V, in the model's dtype, and both products are.
+
+A tile of tokens may reach into a second block, never a third: `page` and `token` of the functions
+below say for each token where its block's page begins and where in the block it is.
 """
 
 # mypy: ignore-errors
@@ -78,45 +81,56 @@ def _prepare(query, stride, score_scale, K: tl.constexpr, DTYPE: tl.constexpr,
 
 
 @triton.jit
-def _k_codes(base, token, BLOCK: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
-             WIDTH: tl.constexpr, PADDED: tl.constexpr):  # fmt: skip
-    """(tokens, PADDED) codes, zero past the width. Tokens past the sequence's end are read as
-    they are, if the page has them: their scores are masked."""
-    j = tl.arange(0, PADDED)[None, :]
-    at = base + token[:, None] * STEP + j
-    if BLOCK % TILE == 0:
-        if WIDTH == PADDED:
-            return tl.load(at)
-        else:
-            return tl.load(at, j < WIDTH, other=0)
-    else:
-        return tl.load(at, (token < BLOCK)[:, None] & (j < WIDTH), other=0)
+def _locate(cache, block_stride, table, t, n, end, BLOCK: tl.constexpr, TILE: tl.constexpr):
+    """(page, token) of tokens t + n; those past the end are somewhere in the same pages."""
+    row = t // BLOCK
+    page = cache + tl.load(table + row).to(tl.int64) * block_stride
+    token = t % BLOCK + n
+    if BLOCK % TILE != 0:
+        inside = (row + 1) * BLOCK < end
+        block = tl.load(table + row + 1, inside, other=0).to(tl.int64)
+        second = tl.where(inside, cache + block * block_stride, page)
+        page = tl.where(token < BLOCK, page, second)
+        token = tl.where(token < BLOCK, token, token - BLOCK)
+    return tl.multiple_of(page, 16), token
 
 
 @triton.jit
-def _scales(base, token, valid):
-    pointer = base.to(tl.pointer_type(tl.bfloat16)) + token
+def _k_codes(page, token, STEP: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
+             KIND: tl.constexpr):  # fmt: skip
+    """(tokens, PADDED) codes, zero past the width. Tokens past the sequence's end are read as
+    they are: their scores are masked."""
+    j = tl.arange(0, PADDED)[None, :]
+    at = (page + token * STEP).to(tl.pointer_type(KIND))[:, None] + j
+    if WIDTH == PADDED:
+        return tl.load(at)
+    else:
+        return tl.load(at, j < WIDTH, other=0)
+
+
+@triton.jit
+def _scales(page, token, valid, STEP: tl.constexpr):
+    pointer = (page + token * STEP).to(tl.pointer_type(tl.bfloat16))
     return tl.load(pointer, valid, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _scores(q, base, token, valid, AT: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr,
-            DTYPE: tl.constexpr, ROWS: tl.constexpr, INTERPRET: tl.constexpr):  # fmt: skip
+def _scores(q, page, token, valid, AT: tl.constexpr, K: tl.constexpr, DTYPE: tl.constexpr,
+            ROWS: tl.constexpr, INTERPRET: tl.constexpr):  # fmt: skip
     """(ROWS, tokens) scaled products of the queries with K."""
     total = 0.0
     for k in tl.static_range(len(K)):
-        piece = base + (AT[1] + K[k][1])
+        piece = page + (AT[1] + K[k][1])
         first = q[K[k][7]]
         if K[k][0] == 16:
-            at = piece.to(tl.pointer_type(DTYPE))
-            codes = tl.trans(_k_codes(at, token, AT[0], TILE, AT[2] // 2, K[k][3], K[k][4]))
+            codes = tl.trans(_k_codes(piece, token, AT[2], K[k][3], K[k][4], DTYPE))
             if INTERPRET:
                 s = tl.dot(first[0].to(tl.float32), codes.to(tl.float32), input_precision="ieee")
             else:
                 s = tl.dot(first[0], codes)
             total += fold(s, ROWS) * first[2]
         else:
-            codes = _k_codes(piece, token, AT[0], TILE, AT[2], K[k][3], K[k][4])
+            codes = _k_codes(piece, token, AT[2], K[k][3], K[k][4], tl.uint8)
             if K[k][0] == 8:
                 codes = tl.trans(codes.to(tl.int8, bitcast=True))
                 s = int_product(first, codes, ROWS) * first[2]
@@ -125,52 +139,50 @@ def _scores(q, base, token, valid, AT: tl.constexpr, K: tl.constexpr, TILE: tl.c
                 low, high = nibbles(codes, INTERPRET)
                 s = int_product(first, tl.trans(low), ROWS) * first[2]
                 s += int_product(second, tl.trans(high), ROWS) * second[2]
-            total += s * _scales(base + (AT[5] + 2 * K[k][2]), token * (AT[6] // 2), valid)[None, :]
+            total += s * _scales(page + (AT[5] + 2 * K[k][2]), token, valid, AT[6])[None, :]
     return total
 
 
 @triton.jit
-def _v_codes(base, t, valid, AT: tl.constexpr, V: tl.constexpr, INDEX: tl.constexpr,
-             TILE: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
-    """(tokens, width) codes of piece INDEX of V, from token t on; values (16 bits) are zero
-    where not valid, codes are whatever the page holds: their weights are zero."""
+def _v_codes(page, token, valid, AT: tl.constexpr, V: tl.constexpr, INDEX: tl.constexpr,
+             TILE: tl.constexpr, KIND: tl.constexpr):  # fmt: skip
+    """(tokens, width) codes of piece INDEX of V; values (16 bits) are zero where not valid,
+    codes are whatever the page holds: their weights are zero.
+
+    `token` is the first of those that lie together.
+    """
     WIDTH: tl.constexpr = V[INDEX][3]
-    j = tl.arange(0, V[INDEX][5])
-    n = tl.arange(0, TILE)
     TOGETHER: tl.constexpr = AT[9]
+    j = tl.arange(0, V[INDEX][5])
+    run = page + token * AT[4] + (AT[3] + V[INDEX][1] * TOGETHER)
+    run = run.to(tl.pointer_type(KIND))
     if TOGETHER == 1:
-        at = base + (AT[3] + V[INDEX][1]) + (t + n) * AT[4]
-        at = at.to(tl.pointer_type(DTYPE))[:, None] + j[None, :]
-        return tl.load(at, valid[:, None], other=0.0)
+        return tl.load(run[:, None] + j[None, :], valid[:, None], other=0.0)
     else:
-        SIZE: tl.constexpr = 2 if V[INDEX][0] == 16 else 1
-        KIND: tl.constexpr = DTYPE if V[INDEX][0] == 16 else tl.uint8
-        run = base + t * AT[4] + (AT[3] + V[INDEX][1] * TOGETHER)
-        group = n // TOGETHER * (TOGETHER * AT[4] // SIZE) + n % TOGETHER
-        at = run.to(tl.pointer_type(KIND)) + j[:, None] * TOGETHER + group[None, :]
-        if V[INDEX][0] == 16:
-            codes = tl.load(at, valid[None, :] & (j < WIDTH)[:, None], other=0.0)
-        elif AT[0] % TILE == 0 and V[INDEX][5] == WIDTH:
+        at = run[None, :] + (tl.arange(0, TILE) % TOGETHER)[None, :] + (j * TOGETHER)[:, None]
+        if V[INDEX][5] == WIDTH:
             codes = tl.load(at)
-        else:  # whole groups, so that one mask covers one load
-            exists = (t + n // TOGETHER * TOGETHER < AT[0])[None, :] & (j < WIDTH)[:, None]
-            codes = tl.load(at, exists, other=0)
+        else:
+            codes = tl.load(at, (j < WIDTH)[:, None], other=0)
+        if KIND.primitive_bitwidth == 16:  # a mask by token would part what lies together
+            codes = tl.where(valid[None, :], codes, 0.0)
         return tl.trans(codes)
 
 
 @triton.jit
-def _add_values(sums, p, fade, base, t, token, valid, AT: tl.constexpr, V: tl.constexpr,
-                TILE: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr,
+def _add_values(sums, p, fade, page, token, v_page, v_token, valid, AT: tl.constexpr,
+                V: tl.constexpr, TILE: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr,
                 PERMUTED: tl.constexpr, INTERPRET: tl.constexpr):  # fmt: skip
     """sums * fade + weights (ROWS, tokens) times V, piece by piece.
 
-    Pieces of one band follow one another and share its quantized weights.
+    Pieces of one band follow one another and share its quantized weights. Weights are in the
+    order of `token`, perhaps permuted; codes never.
     """
     out = ()
     high = None  # of the nibbles last loaded
     for v in tl.static_range(len(V)):
         if V[v][0] == 16:
-            values = _v_codes(base, t, valid, AT, V, v, TILE, DTYPE)
+            values = _v_codes(v_page, v_token, valid, AT, V, v, TILE, DTYPE)
             weights = unfold(p, ROWS)
             faded = sums[v] * unfold(fade[:, None], ROWS)
             if INTERPRET:
@@ -180,7 +192,7 @@ def _add_values(sums, p, fade, base, t, token, valid, AT: tl.constexpr, V: tl.co
             out = out + (x,)
         else:
             if v == 0 or V[v][2] != V[v - 1][2] or V[v - 1][0] == 16:
-                w = p * _scales(base + (AT[7] + 2 * V[v][2]), token * (AT[8] // 2), valid)[None, :]
+                w = p * _scales(page + (AT[7] + 2 * V[v][2]), token, valid, AT[8])[None, :]
                 largest = tl.maximum(tl.max(w, 1), 1e-30)
                 hi, lo = two_terms(w * (1 / largest * LEVELS)[:, None])
                 if ROWS == 8:
@@ -193,7 +205,7 @@ def _add_values(sums, p, fade, base, t, token, valid, AT: tl.constexpr, V: tl.co
                 x = int_product((hi, lo), high, ROWS)
                 factor = unit * (1.0 / NIBBLE_UNIT)
             else:
-                codes = _v_codes(base, t, valid, AT, V, v, TILE, DTYPE)
+                codes = _v_codes(v_page, v_token, valid, AT, V, v, TILE, tl.uint8)
                 if V[v][0] == 4:
                     low, high = nibbles(codes, INTERPRET)
                     x = int_product((hi, lo), low, ROWS)
@@ -223,36 +235,30 @@ def _attend(
     DIM: tl.constexpr, HAS_CAP: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Attention over the tokens of [begin, end) in tiles [first, last), into the workspace."""
-    TILES: tl.constexpr = (AT[0] + TILE - 1) // TILE
     q = _prepare(query, q_stride, score_scale, K, DTYPE, GROUP, ROWS)
     sums = ()
     for v in tl.static_range(len(V)):
         sums = sums + (_no_sums(V[v][0], V[v][5], ROWS),)
     top = tl.full((ROWS,), float("-inf"), tl.float32)
     weight = tl.zeros((ROWS,), tl.float32)
-    n = tl.arange(0, TILE)
-    if PERMUTED:
-        n = permuted_tokens(TILE)
+    n = permuted_tokens(TILE) if PERMUTED else tl.arange(0, TILE)
+    first_together = tl.arange(0, TILE) // AT[9] * AT[9]
     for i in range(first, last):
-        t = i % TILES * TILE
-        block = tl.load(table + i // TILES).to(tl.int64)
-        base = tl.multiple_of(cache + block * block_stride, 16)
-        token = t + n
-        position = i // TILES * AT[0] + token
-        valid = position < end
-        if AT[0] % TILE != 0:
-            valid = valid & (token < AT[0])
+        t = i * TILE
+        valid = t + n < end
         if AT[9] == 1:  # an archive begins at 0
-            valid = valid & (position >= begin)
-        s = _scores(q, base, token, valid, AT, K, TILE, DTYPE, ROWS, INTERPRET)
+            valid = valid & (t + n >= begin)
+        page, token = _locate(cache, block_stride, table, t, n, end, AT[0], TILE)
+        v_page, v_token = _locate(cache, block_stride, table, t, first_together, end, AT[0], TILE)
+        s = _scores(q, page, token, valid, AT, K, DTYPE, ROWS, INTERPRET)
         s = capped(s, soft_cap, HAS_CAP)
         s = tl.where(valid[None, :], s, float("-inf"))
         new_top = tl.maximum(top, tl.max(s, 1))
         p = tl.exp2(s - new_top[:, None])
         fade = tl.exp2(top - new_top)
         weight = weight * fade + tl.sum(p, 1)
-        sums = _add_values(sums, p, fade, base, t, token, valid, AT, V, TILE, DTYPE, ROWS,
-                           PERMUTED, INTERPRET)  # fmt: skip
+        sums = _add_values(sums, p, fade, page, token, v_page, v_token, valid, AT, V, TILE, DTYPE,
+                           ROWS, PERMUTED, INTERPRET)  # fmt: skip
         top = new_top
     for v in tl.static_range(len(V)):
         row = tl.arange(0, sums[v].shape[0])

@@ -243,7 +243,7 @@ def _load_archive_tile(
 ) -> torch.Tensor:
     """(batch, kv_heads, blocks, head_bytes) of some pages, zero beyond each length."""
     tile = _gather(pages, table)
-    sequence, block, token = _beyond(lengths, first, table.shape[1], layout.block_size)
+    sequence, block, token = _outside(lengths, first, table.shape[1], layout.block_size)
     for codes in (*layout.codes(tile, "k"), *layout.codes(tile, "v")):
         codes[sequence, block, :, token // TOGETHER, token % TOGETHER] = 0
     for region in (layout.k_scales, layout.v_scales):
@@ -256,16 +256,23 @@ def _gather(cache: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     return cache.index_select(0, table.flatten()).unflatten(0, table.shape)
 
 
-def _beyond(
-    lengths: torch.Tensor, first: int, blocks: int, block_size: int
+def _outside(
+    ends: torch.Tensor,
+    first: int,
+    blocks: int,
+    block_size: int,
+    skips: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(sequence, block, token) of every loaded position at or past its sequence's length.
+    """(sequence, block, token) of every loaded position outside its sequence's [skip, end).
 
     Such positions hold whatever the page's last owner left, NaN included; a mask on the
     scores alone would let it through.
     """
-    position = torch.arange(blocks * block_size, device=lengths.device) + first * block_size
-    sequence, index = (position[None, :] >= lengths[:, None]).nonzero(as_tuple=True)
+    position = torch.arange(blocks * block_size, device=ends.device) + first * block_size
+    outside = position[None, :] >= ends[:, None]
+    if skips is not None:
+        outside |= position[None, :] < skips[:, None]
+    sequence, index = outside.nonzero(as_tuple=True)
     return sequence, index // block_size, index % block_size
 
 
@@ -289,7 +296,7 @@ def attend_recent(
     """
     tile = _gather(recent, table)
     ends = skips + lengths
-    sequence, block, token = _beyond(ends, 0, table.shape[1], recent.shape[2])
+    sequence, block, token = _outside(ends, 0, table.shape[1], recent.shape[2], skips)
     tile[sequence, block, :, token] = 0
     key, value = components.expand(tile.transpose(1, 2)).chunk(2, -1)
     mask = length_mask(ends, 0, key.shape[2], skips)

@@ -278,7 +278,9 @@ class ArchiveManager(_GroupManager):
         *,
         replay_boundaries: Sequence[int],
     ) -> None:
-        archived = self.kv_cache_spec.policy.boundary(num_tokens)
+        # vLLM has rounded num_tokens; every block we hold is archived once the step has run.
+        archived = len(self.req_to_blocks[request.request_id]) * self.block_size
+        archived = min(archived, request.num_tokens)
         super().cache_blocks(
             request, archived, retention_interval, replay_boundaries=replay_boundaries
         )
