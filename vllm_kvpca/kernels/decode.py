@@ -41,7 +41,7 @@ __all__ = ["DecodeWorkspace", "Tuning", "decode", "make_workspace", "plan_decode
 LOG2E = 1.4426950408889634
 LEAST_TOKENS = 64
 """Raw tokens' worth of bytes below which a chunk does not pay for its merge."""
-FEW_MERGES = 64
+FEW_MERGES = 32
 """Sequences times KV heads up to which the merge takes query heads one by one."""
 
 
@@ -198,20 +198,19 @@ def launches(
     # Few programs: one per query head, so that many read a sequence's many chunks. Many
     # programs: one per KV head, so that the basis is read once for its query heads.
     alone = batch * kv_heads <= FEW_MERGES
-    merged, step, warps = tuning.merge or ((1, 32, 4) if alone else (row_count(group), 1, 4))
     merge = {
         **shared,
         "DROPPED": dropped_columns(layout.v_bands),
-        "MERGED": merged,
+        "MERGED": 1 if alone else row_count(group),
         "WIDTH": triton.next_power_of_2(head_dim),
-        "STEP": step,
+        "STEP": 32 if alone else 1,
         "SPAN_FIELDS": SPAN_FIELDS,
         "HAS_BASIS": has_basis,
         "PRECISION": _basis_precision(dtype),
     }
     return (
         Launch(split_kernel, split, _options(tuning)),
-        Launch(merge_kernel, merge, {"num_warps": warps}),
+        Launch(merge_kernel, merge, {"num_warps": 4}),
     )
 
 

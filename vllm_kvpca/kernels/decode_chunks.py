@@ -1,9 +1,9 @@
 """Which program of a decode step attends to what: a list of chunks, made on the device.
 
 A chunk is a run of tiles of one sequence's archive or of its recent part; tile i is the tokens
-[i * TILE, (i + 1) * TILE) as far as they belong to the part. Chunks weigh about the same (by bytes), however unequal the
-sequences are, and the list's capacity depends on nothing the host does not know. All layers
-of a shape share the list of a step.
+[i * TILE, (i + 1) * TILE) as far as they belong to the part. Chunks weigh about the same (by
+bytes), however unequal the sequences are, and the list's capacity depends on nothing the host
+does not know. All layers of a shape share the list of a step.
 
     chunks, one row of 8 int32 each: 2 * sequence + (0 archive, 1 recent), first tile, end
     tile, first token, end token; [archive of sequence 0, 1, ... | recent of sequence 0, 1, ...],

@@ -50,7 +50,6 @@ class Tuning:
     programs: int = 16
     waves: int = 1
     registers: int | None = 128
-    merge: tuple[int, int, int] | None = None
 
 
 @dataclass(frozen=True)

@@ -160,7 +160,7 @@ def _v_codes(page, token, valid, AT: tl.constexpr, V: tl.constexpr, INDEX: tl.co
         return tl.load(run[:, None] + j[None, :], valid[:, None], other=0.0)
     else:
         at = run[None, :] + (tl.arange(0, TILE) % TOGETHER)[None, :] + (j * TOGETHER)[:, None]
-        if V[INDEX][5] == WIDTH:
+        if V[INDEX][5] == WIDTH:  # noqa: SIM108
             codes = tl.load(at)
         else:
             codes = tl.load(at, (j < WIDTH)[:, None], other=0)
