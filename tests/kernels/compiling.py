@@ -28,11 +28,12 @@ SHARED_LIMIT = 99 * 1024
 
 @dataclass(frozen=True)
 class Compiled:
-    """What one launch compiled to; `shared` in bytes per program."""
+    """What one launch compiled to; `shared` in bytes per program, `hash` of all that went in."""
 
     name: str
     shared: int
     cubin_bytes: int
+    hash: str
     ptx: str = ""
 
 
@@ -69,7 +70,8 @@ def compile_only(capability: int) -> Iterator[list[Compiled]]:
                 result = result.result()
             asm = result.asm
             name = result.metadata.name
-            compiled.append(Compiled(name, result.metadata.shared, len(asm["cubin"]), asm["ptx"]))
+            sizes = result.metadata.shared, len(asm["cubin"])
+            compiled.append(Compiled(name, *sizes, result.hash, asm["ptx"]))
 
         return launch
 

@@ -22,7 +22,7 @@ import triton.language as tl
 
 CHUNK_FIELDS = 8
 SPAN_FIELDS = 4
-LISTED = 32
+LISTED = 8
 """Chunks that one program lists."""
 
 
@@ -65,7 +65,8 @@ def _list(chunks, index, begin_at, part, first, tiles, size, count, begin, end, 
     return listed
 
 
-@triton.jit
+# Numbers that change with the step: specializing on them would compile anew.
+@triton.jit(do_not_specialize=["starts", "lengths", "batch"])
 def chunks_kernel(
     starts, lengths, chunks, spans, batch, capacity, target, least,
     A_COST: tl.constexpr, A_TILE: tl.constexpr, R_COST: tl.constexpr, R_TILE: tl.constexpr,

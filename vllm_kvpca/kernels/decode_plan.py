@@ -117,12 +117,6 @@ def make_workspace(
     )
 
 
-def batch_lanes(batch: int) -> int:
-    """Lanes in which the list of chunks is made: few sizes, so that CUDA graphs of many batch
-    sizes share a compiled kernel."""
-    return next((lanes for lanes in (16, 64, 256) if batch <= lanes), 1 << (batch - 1).bit_length())
-
-
 def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 1

@@ -270,7 +270,7 @@ def _attend(
     tl.store(weights_ptr + rows, weight)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rt_stride", "at_stride"])
 def split_kernel(
     query, rotated, recent, pages, recent_table, archive_table, chunks,
     sums_ptr, maxima_ptr, weights_ptr, score_scale, soft_cap,

@@ -60,7 +60,9 @@ def boundary(n, AFTER: tl.constexpr, RECENT: tl.constexpr, ALIGN: tl.constexpr):
     return tl.where(n > AFTER, archived, 0)
 
 
-@triton.jit
+# Slices of a batch's tensors start anywhere, and tables have any width: specializing on that
+# would compile anew.
+@triton.jit(do_not_specialize=["query_start", "lengths", "table", "table_stride", "out"])
 def _starts(
     query_start,
     lengths,

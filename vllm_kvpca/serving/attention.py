@@ -11,6 +11,7 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from vllm_kvpca.errors import UnsupportedError
+from vllm_kvpca.pages.layout import raw_token_bytes
 from vllm_kvpca.serving.device_batch import DeviceStep
 from vllm_kvpca.serving.layers import ARCHIVE_SUFFIX, ArchiveLayer, attach_archive
 from vllm_kvpca.serving.step import StepTokens, run_step
@@ -65,11 +66,22 @@ class KvpcaAttentionImpl(AttentionImpl):
 
     def _prepare_device(self) -> None:
         from vllm_kvpca.serving.flash import flash_version
+        from vllm_kvpca.serving.warm_up import compile_kernels
         from vllm_kvpca.serving.workspace import workspace_for
 
         assert self.archive is not None
         flash_version(self.head_size, self.soft_cap is not None)
-        self.workspace = workspace_for(self, self.archive.codec.dtype, torch.device("cuda"))
+        codec, spec = self.archive.codec, self.archive.spec
+        self.workspace = workspace_for(self, codec.dtype, torch.device("cuda"))
+        compile_kernels(
+            codec,
+            spec.page_bytes // (self.num_kv_heads * raw_token_bytes(self.head_size)),
+            spec.policy,
+            self.num_heads,
+            self.num_kv_heads,
+            self.soft_cap,
+            self.workspace,
+        )
 
     def forward(
         self,
