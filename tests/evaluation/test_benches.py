@@ -56,9 +56,11 @@ def test_every_engine_and_kernel_gets_its_line(make):
     results = engine_bench.compare({STOCK: engine(100, 10.0, 50.0), "k8v4": engine(240, 15, 55)})
     text = tables.table("engine", [make(kind="engine", slug="e", results=results)])
     assert "| `k8v4` | 240 (2.40x) | 15 (1.50x) |" in text
-    rows = decode_bench.compare([row("1x8", "fa3-bf16", 10.0), row("1x8", "k8v4", 4.0)], 2000.0)
-    text = tables.table("kernels", [make(kind="kernels", slug="k", results=rows)])
-    assert "| 1 x 8 | `k8v4` | 512 | 4.0 | 1,000 | 50% | 2.50x |" in text
+    rows = [row(f"{n}x8", name, us) for n in (1, 2) for name, us in (("fa3-bf16", 10), ("k8v4", 4))]
+    results = decode_bench.compare(rows, 2000.0)
+    text = tables.table("kernels", [make(kind="kernels", slug="k", results=results)])
+    assert "| kernel | 1 x 8 | 2 x 8 |" in text
+    assert "| `k8v4` | 4 us (2.50x) | 4 us (2.50x) |" in text
 
 
 @pytest.mark.parametrize("what", ["kernels", "engine"])

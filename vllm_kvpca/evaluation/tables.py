@@ -43,6 +43,8 @@ def table(kind: str, records: Sequence[Record]) -> str:
         raise OptionsError(
             f"no record for the table {kind!r}: make one with vllm-kvpca {_command(kind)}."
         )
+    if callable(heads):
+        heads = heads(chosen[0])
     lines = [_line(heads), _line(["---"] + ["---:"] * (len(heads) - 1))]
     lines += [_line(row) for record in chosen for row in rows(record)]
     return "\n".join([*lines, "", *_origin(chosen)]) + "\n"
@@ -159,20 +161,24 @@ def _one(row: Callable[[Record], list[str]]) -> _Rows:
     return lambda record: [row(record)]
 
 
-def _kernels(record: Record) -> list[list[str]]:
+def _kernel_heads(record: Record) -> list[str]:
+    return ["kernel", *(shape.replace("x", " x ") for shape in _shapes(record))]
+
+
+def _shapes(record: Record) -> list[str]:
     results: Any = record.results
-    return [
-        [
-            row["shape"].replace("x", " x ", 1),
-            f"`{row['contender']}`",
-            f"{row['token_head_bytes']:.0f}",
-            f"{row['microseconds']:,.1f}",
-            f"{row['gigabytes_per_second']:,.0f}",
-            f"{row['share_of_read_bandwidth']:.0%}",
-            "-" if row["against_fa3_bf16"] is None else f"{row['against_fa3_bf16']:.2f}x",
-        ]
-        for row in results["rows"]
-    ]
+    return list(dict.fromkeys(row["shape"] for row in results["rows"]))
+
+
+def _kernels(record: Record) -> list[list[str]]:
+    """A line for each kernel; microseconds and speed against FlashAttention-3 in bf16."""
+    results: Any = record.results
+    lines: dict[str, list[str]] = {}
+    for row in results["rows"]:
+        speed = row["against_fa3_bf16"]
+        cell = f"{row['microseconds']:,.0f} us" + ("" if speed is None else f" ({speed:.2f}x)")
+        lines.setdefault(row["contender"], []).append(cell)
+    return [[f"`{name}`", *cells] for name, cells in lines.items()]
 
 
 def _engine(record: Record) -> list[list[str]]:
@@ -194,7 +200,8 @@ def _engine(record: Record) -> list[list[str]]:
 
 _PRESET = ["preset", "raw / archived bytes of K and V (of V alone)"]
 _Rows = Callable[[Record], list[list[str]]]
-_TABLES: dict[str, tuple[list[str], _Rows]] = {
+_Heads = list[str] | Callable[[Record], list[str]]
+_TABLES: dict[str, tuple[_Heads, _Rows]] = {
     "quality": (
         [
             *_PRESET,
@@ -234,18 +241,7 @@ _TABLES: dict[str, tuple[list[str], _Rows]] = {
         ],
         _one(_throughput),
     ),
-    "kernels": (
-        [
-            "batch x context",
-            "kernel",
-            "stored bytes per token and head",
-            "us",
-            "GB/s",
-            "of read bandwidth",
-            "speed against FA3 bf16",
-        ],
-        _kernels,
-    ),
+    "kernels": (_kernel_heads, _kernels),
     "engine": (
         [
             "engine",
