@@ -22,6 +22,7 @@ from vllm_kvpca.cli.demo_model import ModelName, ensure
 from vllm_kvpca.codec.policy import Policy
 
 NAME = "smol"
+API_KEY = "a key of the tests"
 MAX_MODEL_LEN = 4096
 START_SECONDS = 240
 """A start takes about 20 s; a machine that does other work besides needs several times that."""
@@ -34,6 +35,7 @@ ARGUMENTS = (
     *("--kv-compression-preset", "k8v4", "--enable-prompt-tokens-details"),
     *("--kv-compress-after", str(POLICY.compress_after)),
     *("--kv-keep-recent", str(POLICY.keep_recent)),
+    *("--api-key", API_KEY),
 )
 
 Labels = frozenset[tuple[str, str]]
@@ -66,7 +68,7 @@ class Server:
 
     def client(self) -> OpenAI:
         """The client that users have, without its retries: they would hide failures."""
-        return OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=240)
+        return OpenAI(base_url=f"{self.url}/v1", api_key=API_KEY, max_retries=0, timeout=240)
 
     def metrics(self) -> str:
         with urllib.request.urlopen(f"{self.url}/metrics", timeout=60) as answer:
@@ -133,6 +135,7 @@ def serve(folder: Path) -> Iterator[Server]:
         **os.environ,
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "HF_HUB_OFFLINE": "1",
+        "VLLM_PLUGINS": "kvpca",  # without it vLLM loads no routes of plugins
         "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}",
     }
     port, log = _free_port(), folder / "server.log"
