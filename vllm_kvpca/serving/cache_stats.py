@@ -72,7 +72,7 @@ def _ended(scheduler: Any) -> list[float]:
     managers = scheduler.kv_cache_manager.coordinator.single_type_managers
     archive = next(m for m in managers if isinstance(m, ArchiveManager))
     # Preempted requests gave their blocks back too, but the scheduler still knows them.
-    values = [n for name, n in archive.ended.items() if name not in scheduler.requests]
+    values = [float(n) for name, n in archive.ended.items() if name not in scheduler.requests]
     archive.ended.clear()
     return values
 
