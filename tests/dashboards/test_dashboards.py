@@ -23,7 +23,7 @@ DEPLOY = Path(__file__).parents[2] / "deploy"
 @pytest.fixture
 def deploy(tmp_path: Path) -> Path:
     """A copy that a test may spoil."""
-    for part in ("grafana", "prometheus"):
+    for part in ("grafana", "prometheus", "helm"):
         shutil.copytree(DEPLOY / part, tmp_path / part)
     return tmp_path
 
@@ -45,6 +45,14 @@ def test_check_finds_a_stale_dashboard(deploy: Path):
     assert "run vllm-kvpca dashboards" in result.stderr
 
 
+def test_the_charts_copy_of_the_rules_goes_stale_too(deploy: Path):
+    rules = deploy / "prometheus" / "rules.yaml"
+    rules.write_text(rules.read_text().replace("0.95", "0.9"))
+    result = run(deploy, "--check")
+    assert result.exit_code == 1
+    assert "helm" in result.stderr and "rules.yaml is stale" in result.stderr.replace("\n", "")
+
+
 @pytest.mark.parametrize("wrong", ["kvpca_archived_tokens", "kvpca_kv_cache_bites"])
 def test_a_rule_on_a_metric_that_does_not_exist_is_refused(deploy: Path, wrong: str):
     rules = deploy / "prometheus" / "rules.yaml"
@@ -55,7 +63,7 @@ def test_a_rule_on_a_metric_that_does_not_exist_is_refused(deploy: Path, wrong: 
     assert wrong in result.stderr
 
 
-@pytest.mark.parametrize("panel", panels(), ids=lambda panel: panel.title)
+@pytest.mark.parametrize("panel", list(panels()), ids=lambda panel: panel.title)
 def test_a_panel_says_which_metrics_it_shows_and_obeys_the_variables(panel):
     for query in panel.queries:
         names = re.findall(r"\b(?:kvpca_|vllm:)[a-z_]+", query.expr)

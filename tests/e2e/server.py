@@ -122,7 +122,7 @@ class Server:
                 continue
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         return int(probe.getsockname()[1])
 
@@ -138,7 +138,7 @@ def serve(folder: Path) -> Iterator[Server]:
         "VLLM_PLUGINS": "kvpca",  # without it vLLM loads no routes of plugins
         "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}",
     }
-    port, log = _free_port(), folder / "server.log"
+    port, log = free_port(), folder / "server.log"
     command = [binaries / "vllm", "serve", ensure(ModelName.smollm2), *ARGUMENTS]
     with log.open("wb") as output:
         process = subprocess.Popen(

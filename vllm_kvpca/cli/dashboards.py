@@ -10,6 +10,8 @@ import typer
 from vllm_kvpca.errors import OptionsError
 
 FILE = "grafana/vllm-kvpca.json"
+# A Helm chart can read only files of its own folder.
+CHART = "helm/vllm-kvpca/files"
 RULES = ("prometheus/rules.yaml", "prometheus/rules_test.yaml")
 
 
@@ -22,7 +24,8 @@ def dashboards(
         typer.Option("--check", help="Change nothing; fail on a stale file or unknown metric."),
     ] = False,
 ) -> None:
-    """Write the Grafana dashboard; refuse metrics that do not exist, also in alert rules."""
+    """Write the Grafana dashboard, and the Helm chart's copies of it and of the rules; refuse
+    metrics that do not exist."""
     from vllm_kvpca.dashboards import panels, render, undefined
 
     fresh, path = render(), deploy / FILE
@@ -39,10 +42,15 @@ def dashboards(
                 f"{place} names metrics that do not exist: {', '.join(unknown)}. "
                 "docs/metrics.md lists those that do."
             )
-    stale = not path.exists() or path.read_text() != fresh
-    if check and stale:
-        raise OptionsError(f"{path} is stale: run vllm-kvpca dashboards.")
-    if stale:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(fresh)
-        print(path)
+    wanted = {path: fresh, deploy / CHART / path.name: fresh}
+    rules = deploy / RULES[0]
+    if rules.exists():
+        wanted[deploy / CHART / rules.name] = rules.read_text()
+    for target, text in wanted.items():
+        if target.exists() and target.read_text() == text:
+            continue
+        if check:
+            raise OptionsError(f"{target} is stale: run vllm-kvpca dashboards.")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(text)
+        print(target)
