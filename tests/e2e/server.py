@@ -11,7 +11,7 @@ import time
 import urllib.error
 import urllib.request
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -30,12 +30,15 @@ START_SECONDS = 240
 # What the page plan of k8v4 comes to for this model: 256 raw and 100 archived bytes per head.
 RAW_BLOCK, ARCHIVE_BLOCK = 32, 80
 POLICY = Policy(compress_after=256, keep_recent=128, align=160)
-ARGUMENTS = (
+STOCK = (
     *("--served-model-name", NAME, "--max-model-len", str(MAX_MODEL_LEN), "--enforce-eager"),
-    *("--kv-compression-preset", "k8v4", "--enable-prompt-tokens-details"),
+    *("--api-key", API_KEY, "--enable-prompt-tokens-details"),
+)
+COMPRESSED = (
+    *STOCK,
+    *("--kv-compression-preset", "k8v4"),
     *("--kv-compress-after", str(POLICY.compress_after)),
     *("--kv-keep-recent", str(POLICY.keep_recent)),
-    *("--api-key", API_KEY),
 )
 
 Labels = frozenset[tuple[str, str]]
@@ -128,7 +131,7 @@ def free_port() -> int:
 
 
 @contextmanager
-def serve(folder: Path) -> Iterator[Server]:
+def serve(folder: Path, arguments: Sequence[str] = COMPRESSED) -> Iterator[Server]:
     """SmolLM2 behind `vllm serve`, compressed as k8v4; its log lies in `folder`."""
     binaries = Path(sys.executable).parent
     environment = {
@@ -139,7 +142,7 @@ def serve(folder: Path) -> Iterator[Server]:
         "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}",
     }
     port, log = free_port(), folder / "server.log"
-    command = [binaries / "vllm", "serve", ensure(ModelName.smollm2), *ARGUMENTS]
+    command = [binaries / "vllm", "serve", ensure(ModelName.smollm2), *arguments]
     with log.open("wb") as output:
         process = subprocess.Popen(
             [*map(str, command), "--host", "127.0.0.1", "--port", str(port)],

@@ -40,16 +40,16 @@ def table(kind: str, records: Sequence[Record]) -> str:
     heads, rows = _TABLES[kind]
     chosen = sorted((r for r in records if r.kind == kind), key=_order)
     if not chosen:
-        raise OptionsError(
-            f"no record for the table {kind!r}: make one with vllm-kvpca {_command(kind)}."
-        )
+        raise OptionsError(f"no record for the table {kind!r}: make one with {_command(kind)}.")
     lines = [_line(heads), _line(["---"] + ["---:"] * (len(heads) - 1))]
     lines += [_line(row) for record in chosen for row in rows(record)]
     return "\n".join([*lines, "", *_origin(chosen)]) + "\n"
 
 
 def _command(kind: str) -> str:
-    return f"bench {kind}" if kind in ("kernels", "engine") else f"evaluate {kind}"
+    if kind == "load":
+        return "python benchmarks/serve_load.py"
+    return f"vllm-kvpca {'bench' if kind in ('kernels', 'engine') else 'evaluate'} {kind}"
 
 
 def _order(record: Record) -> tuple[Any, ...]:
@@ -155,6 +155,17 @@ def _throughput(record: Record) -> list[str]:
     return cells
 
 
+def _load(record: Record) -> list[list[str]]:
+    results: Any = record.results
+    rows = []
+    for server, one in results.items():
+        name = "stock" if server == STOCK else f"`{record.settings['preset']}`"
+        latency = [f"{one[key]:,.0f}" for key in ("ttft_ms", "ttft_p99_ms", "itl_ms", "itl_p99_ms")]
+        speed = f"{one['output_tokens_per_second']:,.1f}"
+        rows.append([name, f"{one['completed']}", f"{one['failed']}", speed, *latency])
+    return rows
+
+
 def _one(row: Callable[[Record], list[str]]) -> _Rows:
     return lambda record: [row(record)]
 
@@ -233,6 +244,19 @@ _TABLES: dict[str, tuple[list[str], _Rows]] = {
             "against stock",
         ],
         _one(_throughput),
+    ),
+    "load": (
+        [
+            "server",
+            "requests answered",
+            "failed",
+            "output tokens/s",
+            "first token, median ms",
+            "p99",
+            "between tokens, median ms",
+            "p99",
+        ],
+        _load,
     ),
     "kernels": (
         [
