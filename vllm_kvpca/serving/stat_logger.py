@@ -34,6 +34,26 @@ def _collectors() -> dict[str, Gauge | Counter | Histogram]:
     return collectors
 
 
+class _Shown:
+    """One series, kept because looking it up by its labels costs more than setting it."""
+
+    def __init__(self, child: Any) -> None:
+        self._child = child
+        self._is_gauge, self._is_counter = isinstance(child, Gauge), isinstance(child, Counter)
+
+    def update(self, value: Any) -> None:
+        if self._is_gauge:
+            self._child.set(value)
+        elif self._is_counter:
+            # What was added since the last figures: with several API servers each gets only
+            # some of them, and Prometheus' client adds up what they all counted.
+            if value:
+                self._child.inc(value)
+        else:
+            for observed in value:
+                self._child.observe(observed)
+
+
 class KvpcaStatLogger(AggregateStatLoggerBase):
     """Publishes the figures of all engines of one API server."""
 
@@ -42,6 +62,7 @@ class KvpcaStatLogger(AggregateStatLoggerBase):
         self.model_name = served if isinstance(served, str) else served[0]
         self.engine_indexes = engine_indexes
         self.options = CompressionOptions.of(vllm_config)
+        self._shown: dict[tuple[str, int], _Shown] = {}
 
     def log_engine_initialized(self) -> None:
         if self.options is None:
@@ -64,18 +85,15 @@ class KvpcaStatLogger(AggregateStatLoggerBase):
         if not figures:
             return
         for path, value in figures.items():
-            key, _, state = path.partition("/")
-            labels = (self.model_name, str(engine_idx), *([state] if state else []))
-            collector = _collectors()[key]
-            if isinstance(collector, Gauge):
-                collector.labels(*labels).set(value)
-            elif isinstance(collector, Counter):
-                # What was added since the last figures: with several API servers each gets
-                # only some of them, and Prometheus' client adds up what they all counted.
-                collector.labels(*labels).inc(value)
-            else:
-                for observed in value:
-                    collector.labels(*labels).observe(observed)
+            shown = self._shown.get((path, engine_idx))
+            if shown is None:
+                shown = self._shown[path, engine_idx] = _Shown(self._child(path, engine_idx))
+            shown.update(value)
+
+    def _child(self, path: str, engine: int) -> Any:
+        key, _, state = path.partition("/")
+        labels = (self.model_name, str(engine), *([state] if state else []))
+        return _collectors()[key].labels(*labels)
 
     def _show_before_first_event(self) -> None:
         """Counters and histograms at 0: a rate is lost where a series begins above it."""
