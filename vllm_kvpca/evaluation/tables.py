@@ -47,8 +47,9 @@ def table(kind: str, records: Sequence[Record]) -> str:
 
 
 def _command(kind: str) -> str:
-    if kind == "load":
-        return "python benchmarks/serve_load.py"
+    scripts = {"load": "serve_load", "metrics-overhead": "metrics_overhead"}
+    if kind in scripts:
+        return f"python benchmarks/{scripts[kind]}.py"
     return f"vllm-kvpca {'bench' if kind in ('kernels', 'engine') else 'evaluate'} {kind}"
 
 
@@ -166,6 +167,18 @@ def _load(record: Record) -> list[list[str]]:
     return rows
 
 
+def _metrics_overhead(record: Record) -> list[str]:
+    results: Any = record.results
+    return [
+        f"{record.settings['sequences']}",
+        f"{results['counting_us']:.0f}",
+        f"{results['publishing_us']:.0f}",
+        f"{results['step_ms']:.0f}",
+        f"{results['share_of_step']:.3%}",
+        f"{results['step_ms_at_half_a_percent']:.0f}",
+    ]
+
+
 def _one(row: Callable[[Record], list[str]]) -> _Rows:
     return lambda record: [row(record)]
 
@@ -244,6 +257,17 @@ _TABLES: dict[str, tuple[list[str], _Rows]] = {
             "against stock",
         ],
         _one(_throughput),
+    ),
+    "metrics-overhead": (
+        [
+            "sequences that decode",
+            "counting in the scheduler, us",
+            "publishing, us",
+            "decode step here, ms",
+            "share of the step",
+            "shortest step of which this is 0.5 %, ms",
+        ],
+        _one(_metrics_overhead),
     ),
     "load": (
         [
