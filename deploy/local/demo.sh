@@ -24,6 +24,7 @@ complete"; Ctrl-C stops it). Then try, from another terminal:
   curl http://127.0.0.1:$PORT/v1/chat/completions -H 'Content-Type: application/json' \\
     -d '{"model": "$NAME", "temperature": 0, "messages": [{"role": "user", "content": "What is the capital of France?"}]}'
 
+  curl -s http://127.0.0.1:$PORT/kv_compression
   curl -s http://127.0.0.1:$PORT/metrics | grep ^kvpca_
 
 HINT
@@ -35,6 +36,8 @@ model=$(.venv/bin/vllm-kvpca demo-model | tail -n 1) ||
 print_hint
 
 # The model is complete on disk: nothing is to be fetched. 2 GiB are plenty for its KV cache on a CPU.
+# Routes such as /kv_compression are loaded only for plugins that VLLM_PLUGINS names.
+export VLLM_PLUGINS=${VLLM_PLUGINS:-kvpca}
 export HF_HUB_OFFLINE=1 VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-2}
 export PATH="$PWD/.venv/bin:$PATH"  # vLLM looks for build tools such as ninja there
 arguments=(--served-model-name "$NAME" --host 127.0.0.1 --port "$PORT" --max-model-len 8192)

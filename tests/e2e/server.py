@@ -12,7 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from vllm_kvpca.cli.demo_model import ModelName, ensure
 from vllm_kvpca.codec.policy import Policy
 
 NAME = "smol"
+API_KEY = "a key of the tests"
 MAX_MODEL_LEN = 4096
 START_SECONDS = 240
 """A start takes about 20 s; a machine that does other work besides needs several times that."""
@@ -31,9 +32,13 @@ START_SECONDS = 240
 RAW_BLOCK, ARCHIVE_BLOCK = 32, 80
 POLICY = Policy(compress_after=256, keep_recent=128, align=ARCHIVE_BLOCK)
 HIT_STEP = math.lcm(RAW_BLOCK, ARCHIVE_BLOCK)
-ARGUMENTS = (
+STOCK = (
     *("--served-model-name", NAME, "--max-model-len", str(MAX_MODEL_LEN), "--enforce-eager"),
-    *("--kv-compression-preset", "k8v4", "--enable-prompt-tokens-details"),
+    *("--api-key", API_KEY, "--enable-prompt-tokens-details"),
+)
+COMPRESSED = (
+    *STOCK,
+    *("--kv-compression-preset", "k8v4"),
     *("--kv-compress-after", str(POLICY.compress_after)),
     *("--kv-keep-recent", str(POLICY.keep_recent)),
 )
@@ -68,7 +73,7 @@ class Server:
 
     def client(self) -> OpenAI:
         """The client that users have, without its retries: they would hide failures."""
-        return OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=240)
+        return OpenAI(base_url=f"{self.url}/v1", api_key=API_KEY, max_retries=0, timeout=240)
 
     def metrics(self) -> str:
         with urllib.request.urlopen(f"{self.url}/metrics", timeout=60) as answer:
@@ -122,23 +127,24 @@ class Server:
                 continue
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         return int(probe.getsockname()[1])
 
 
 @contextmanager
-def serve(folder: Path) -> Iterator[Server]:
+def serve(folder: Path, arguments: Sequence[str] = COMPRESSED) -> Iterator[Server]:
     """SmolLM2 behind `vllm serve`, compressed as k8v4; its log lies in `folder`."""
     binaries = Path(sys.executable).parent
     environment = {
         **os.environ,
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "HF_HUB_OFFLINE": "1",
+        "VLLM_PLUGINS": "kvpca",  # without it vLLM loads no routes of plugins
         "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}",
     }
-    port, log = _free_port(), folder / "server.log"
-    command = [binaries / "vllm", "serve", ensure(ModelName.smollm2), *ARGUMENTS]
+    port, log = free_port(), folder / "server.log"
+    command = [binaries / "vllm", "serve", ensure(ModelName.smollm2), *arguments]
     with log.open("wb") as output:
         process = subprocess.Popen(
             [*map(str, command), "--host", "127.0.0.1", "--port", str(port)],

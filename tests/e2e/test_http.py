@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import math
+import urllib.error
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from openai import BadRequestError, OpenAI
 
-from .server import HIT_STEP, MAX_MODEL_LEN, NAME, POLICY, Server
+from .server import (
+    API_KEY,
+    ARCHIVE_BLOCK,
+    HIT_STEP,
+    MAX_MODEL_LEN,
+    NAME,
+    POLICY,
+    RAW_BLOCK,
+    Server,
+)
 
 pytestmark = pytest.mark.e2e
 
@@ -173,3 +185,43 @@ def test_a_prompt_that_cannot_fit_is_refused_and_the_server_lives_on(
     assert str(MAX_MODEL_LEN) in refusal.value.message
     assert server.is_healthy()
     assert complete(client, story(6, 2), 4).usage.completion_tokens == 4
+
+
+def kv_compression(server: Server, key: str | None) -> dict:
+    headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+    request = urllib.request.Request(f"{server.url}/kv_compression", headers=headers)
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return json.loads(answer.read())
+
+
+@pytest.mark.parametrize("key", [None, "another key"])
+def test_kv_compression_answers_nobody_without_the_servers_key(server: Server, key: str | None):
+    with pytest.raises(urllib.error.HTTPError) as refusal:
+        kv_compression(server, key)
+    assert refusal.value.code == 401
+
+
+def test_kv_compression_tells_of_a_running_request(server: Server, client: OpenAI):
+    with complete(client, story(4, 24), tokens=400, stream=True) as stream:
+        next(iter(stream))
+        answer = kv_compression(server, API_KEY)
+    assert (answer["model_name"], answer["preset"]) == (NAME, "k8v4")
+    assert (answer["compress_after"], answer["keep_recent"]) == (256, 128)
+    (layers,) = answer["layers"]
+    assert layers["compressed"] and layers["count"] == len(layers["names"]) == 30
+    layout = answer["layout"]
+    blocks = layout["raw_block_tokens"], layout["archive_block_tokens"]
+    assert blocks == (RAW_BLOCK, ARCHIVE_BLOCK)
+    assert layout["archived_token_bytes"] == 100
+    (engine,) = answer["engines"]
+    figures, scrape = engine["figures"], server.wait_until_idle()
+    assert figures["sequences"]["archived"] == 1
+    tokens = figures["kv_cache_tokens"]
+    length = int(tokens["raw"] + tokens["archived"])
+    assert length > 400 and tokens["archived"] >= POLICY.boundary(length)
+    now = kv_compression(server, API_KEY)["engines"][0]["figures"]
+    for name in ("archived_tokens", "archive_operations", "archive_written_bytes"):
+        assert now[name] == scrape.value(f"kvpca_{name}_total") > 0
+    ended = now["request_archived_tokens"]
+    assert ended["count"] == scrape.value("kvpca_request_archived_tokens_count")
+    assert ended["sum"] == scrape.value("kvpca_request_archived_tokens_sum")

@@ -15,8 +15,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from vllm_kvpca.cli.metrics_docs import STATES
-from vllm_kvpca.metrics import METRICS
+from vllm_kvpca.metrics import METRICS, all_series
 
 from .server import (
     ARCHIVE_BLOCK,
@@ -182,11 +181,9 @@ def test_every_metric_of_the_table_is_there(scrapes: list[Scrape]):
             if name.startswith("kvpca_") and not name.endswith("_created")
         }
         assert published == {
-            (
-                metric.name + ("_total" if metric.kind == "counter" else ""),
-                tuple(sorted(("model_name", "engine", *metric.labels))),
-            )
-            for metric in METRICS
+            (series, tuple(sorted(("model_name", "engine", *metric.labels, *bucket))))
+            for series, metric in all_series().items()
+            for bucket in [("le",) if series.endswith("_bucket") else ()]
         }
 
 
@@ -196,7 +193,7 @@ def test_states_are_those_of_the_documentation(scrapes: list[Scrape]):
         for state in (dict(labels).get("state") for labels in samples):
             if state and name.startswith("kvpca_"):
                 published.setdefault(name.removeprefix("kvpca_"), set()).add(state)
-    assert published == {key: set(states) for key, states in STATES.items()}
+    assert published == {metric.key: set(metric.states) for metric in METRICS if metric.states}
 
 
 def test_labels_are_those_of_vllm(scrapes: list[Scrape]):
@@ -295,6 +292,34 @@ def test_archived_tokens_are_counted_once_and_never_fall(scrapes: list[Scrape], 
     # Of the two that share a prompt the second archives only what the first has not.
     cold = sum(POLICY.boundary(length + count - 1) for length, count in SEVERAL)
     assert counts[-1] - POLICY.boundary(last) == cold
+
+
+def test_archive_work_is_counted_in_operations_bytes_and_requests(
+    one: list[Scrape], several: list[Scrape]
+):
+    """Of the lone request: two steps of 160 tokens; 100 archived bytes per token and head."""
+    last = one[-1]
+    assert last.value("kvpca_archive_operations_total") == 2
+    token_bytes = LAYERS * KV_HEADS * (HEAD_DIM + HEAD_DIM // 2 + 4)
+    assert last.value("kvpca_archive_written_bytes_total") == 320 * token_bytes
+    assert last.value("kvpca_request_archived_tokens_count") == 1
+    assert last.value("kvpca_request_archived_tokens_sum") == 320
+    # All end with what the policy says, and one stays raw. A prefix hit may begin archived.
+    end = several[-1]
+    assert end.value("kvpca_request_archived_tokens_count") == 1 + len(SEVERAL) + 1
+    assert end.value("kvpca_request_archived_tokens_bucket", le="0.0") == 1
+    boundaries = [POLICY.boundary(length + count - 1) for length, count in SEVERAL]
+    second = POLICY.boundary(SEVERAL[-1][0] + 100 - 1)
+    shared = POLICY.boundary(SEVERAL[-1][0] + SEVERAL[-1][1] - 1)
+    total = end.value("kvpca_request_archived_tokens_sum") - 320 - sum(boundaries)
+    assert second <= total <= shared
+
+
+def test_archive_time_is_sampled(several: list[Scrape]):
+    count = several[-1].value("kvpca_archive_step_seconds_count")
+    seconds = several[-1].value("kvpca_archive_step_seconds_sum")
+    assert count >= 1
+    assert 1e-5 < seconds / count < 1
 
 
 def test_sequences_are_those_that_run(several: list[Scrape]):

@@ -17,6 +17,7 @@ import vllm_kvpca
 from vllm_kvpca.cli import (
     bench,
     calibrate,
+    dashboards,
     demo_model,
     doctor,
     evaluate,
@@ -71,6 +72,7 @@ def _root(
 
 app.add_typer(bench.app, name="bench")
 app.command("calibrate")(calibrate.calibrate)
+app.command("dashboards")(dashboards.dashboards)
 app.command("demo-model")(demo_model.demo_model)
 app.command("doctor")(doctor.doctor)
 app.add_typer(evaluate.app, name="evaluate")

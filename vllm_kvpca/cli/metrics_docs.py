@@ -8,15 +8,9 @@ from typing import Annotated
 import typer
 
 from vllm_kvpca.errors import OptionsError
-from vllm_kvpca.metrics import COMMON_LABELS, METRICS, Metric
+from vllm_kvpca.metrics import COMMON_LABELS, METRICS, Metric, shown_name
 
 PAGE = Path("docs/metrics.md")
-
-STATES = {
-    "kv_cache_bytes": ("raw", "archived", "free"),
-    "kv_cache_tokens": ("raw", "archived"),
-    "sequences": ("raw", "archived"),
-}
 
 _HEAD = f"""# Metrics
 
@@ -38,6 +32,11 @@ Share of the cache in use, as in `vllm:kv_cache_usage_perc`:
     1 - sum by (model_name, engine) (kvpca_kv_cache_bytes{state="free"})
       / sum by (model_name, engine) (kvpca_kv_cache_bytes)
 
+Share of requests that ended with nothing archived:
+
+    sum(rate(kvpca_request_archived_tokens_bucket{le="0.0"}[5m]))
+      / sum(rate(kvpca_request_archived_tokens_count[5m]))
+
 Tokens archived per second:
 
     rate(kvpca_archived_tokens_total[5m])
@@ -54,13 +53,13 @@ def page() -> str:
 
 
 def _row(metric: Metric) -> str:
-    name = metric.name + ("_total" if metric.kind == "counter" else "")
     labels = ", ".join(_label(metric, label) for label in metric.labels) or "-"
-    return f"| `{name}` | {metric.kind} | {metric.unit} | {labels} | {metric.help} |\n"
+    cells = (f"`{shown_name(metric)}`", metric.kind, metric.unit, labels, metric.help)
+    return f"| {' | '.join(cells)} |\n"
 
 
 def _label(metric: Metric, label: str) -> str:
-    values = STATES[metric.key] if label == "state" else ()
+    values = metric.states if label == "state" else ()
     return f"`{label}`" + (f" ({', '.join(values)})" if values else "")
 
 

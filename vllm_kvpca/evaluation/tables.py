@@ -40,9 +40,7 @@ def table(kind: str, records: Sequence[Record]) -> str:
     heads, rows = _TABLES[kind]
     chosen = sorted((r for r in records if r.kind == kind), key=_order)
     if not chosen:
-        raise OptionsError(
-            f"no record for the table {kind!r}: make one with vllm-kvpca {_command(kind)}."
-        )
+        raise OptionsError(f"no record for the table {kind!r}: make one with {_command(kind)}.")
     if callable(heads):
         heads = heads(chosen[0])
     lines = [_line(heads), _line(["---"] + ["---:"] * (len(heads) - 1))]
@@ -51,7 +49,10 @@ def table(kind: str, records: Sequence[Record]) -> str:
 
 
 def _command(kind: str) -> str:
-    return f"bench {kind}" if kind in ("kernels", "engine") else f"evaluate {kind}"
+    scripts = {"load": "serve_load", "metrics-overhead": "metrics_overhead"}
+    if kind in scripts:
+        return f"python benchmarks/{scripts[kind]}.py"
+    return f"vllm-kvpca {'bench' if kind in ('kernels', 'engine') else 'evaluate'} {kind}"
 
 
 def _order(record: Record) -> tuple[Any, ...]:
@@ -157,6 +158,29 @@ def _throughput(record: Record) -> list[str]:
     return cells
 
 
+def _load(record: Record) -> list[list[str]]:
+    results: Any = record.results
+    rows = []
+    for server, one in results.items():
+        name = "stock" if server == STOCK else f"`{record.settings['preset']}`"
+        latency = [f"{one[key]:,.0f}" for key in ("ttft_ms", "ttft_p99_ms", "itl_ms", "itl_p99_ms")]
+        speed = f"{one['output_tokens_per_second']:,.1f}"
+        rows.append([name, f"{one['completed']}", f"{one['failed']}", speed, *latency])
+    return rows
+
+
+def _metrics_overhead(record: Record) -> list[str]:
+    results: Any = record.results
+    return [
+        f"{record.settings['sequences']}",
+        f"{results['counting_us']:.0f}",
+        f"{results['publishing_us']:.0f}",
+        f"{results['step_ms']:.0f}",
+        f"{results['share_of_step']:.3%}",
+        f"{results['step_ms_at_half_a_percent']:.0f}",
+    ]
+
+
 def _one(row: Callable[[Record], list[str]]) -> _Rows:
     return lambda record: [row(record)]
 
@@ -240,6 +264,30 @@ _TABLES: dict[str, tuple[_Heads, _Rows]] = {
             "against stock",
         ],
         _one(_throughput),
+    ),
+    "metrics-overhead": (
+        [
+            "sequences that decode",
+            "counting in the scheduler, us",
+            "publishing, us",
+            "decode step here, ms",
+            "share of the step",
+            "shortest step of which this is 0.5 %, ms",
+        ],
+        _one(_metrics_overhead),
+    ),
+    "load": (
+        [
+            "server",
+            "requests answered",
+            "failed",
+            "output tokens/s",
+            "first token, median ms",
+            "p99",
+            "between tokens, median ms",
+            "p99",
+        ],
+        _load,
     ),
     "kernels": (_kernel_heads, _kernels),
     "engine": (

@@ -3,31 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vllm_kvpca.evaluation.block_life import mib
 from vllm_kvpca.evaluation.record import Record
-
-
-@dataclass(frozen=True)
-class Theme:
-    """Colours of one page background. Raw and archive differ in lightness too, so the figure
-    can be read without colour."""
-
-    name: str
-    paper: str
-    ink: str
-    faint: str
-    raw: str
-    archive: str
-
-
-THEMES = (
-    Theme("light", "#ffffff", "#1f2328", "#d0d7de", "#d67d1c", "#2f6db5"),
-    Theme("dark", "#0d1117", "#e6edf3", "#30363d", "#f2b264", "#3f7fc9"),
-)
+from vllm_kvpca.plots.dashboard import draw_dashboard
+from vllm_kvpca.plots.themes import THEMES, Theme, pyplot, style
 
 
 def draw_all(records: Sequence[Record], folder: Path) -> list[Path]:
@@ -38,21 +20,18 @@ def draw_all(records: Sequence[Record], folder: Path) -> list[Path]:
         if record.kind == "block-life":
             for theme in THEMES:
                 paths += block_life(record, theme, folder)
+        if record.kind == "dashboard":
+            for theme in THEMES:
+                paths += draw_dashboard(record, theme, folder)
     return paths
 
 
 def block_life(record: Record, theme: Theme, folder: Path) -> list[Path]:
     """KV memory of one request over its computed tokens: raw and archive blocks on top of each
     other, and what stock holds for the same tokens."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "vllm-kvpca"  # else element ids differ in every run
-    from matplotlib import pyplot
-
     life: Any = record.results["preset"]
     stock: Any = record.results["stock"]
-    figure, axes = pyplot.subplots(figsize=(8, 4.2), layout="constrained")
+    figure, axes = pyplot().subplots(figsize=(8, 4.2), layout="constrained")
     tokens = life["computed_tokens"][:-1]  # the last sample lies after the end
     raw, archive = mib(life, "raw")[:-1], mib(life, "archive")[:-1]
     axes.stackplot(tokens, archive, raw, step="post", colors=[theme.archive, theme.raw], lw=0)
@@ -69,12 +48,12 @@ def block_life(record: Record, theme: Theme, folder: Path) -> list[Path]:
     axes.set_ylabel("MiB in use")
     axes.set_xlim(0, tokens[-1])
     axes.set_ylim(0, max(mib(stock)) * 1.08)
-    _style(figure, axes, theme)
+    style(figure, axes, theme)
     name = f"block-life-{settings['preset']}-{theme.name}"
     paths = [folder / f"{name}.{ending}" for ending in ("svg", "png")]
     figure.savefig(paths[0], metadata={"Date": None})
     figure.savefig(paths[1], dpi=160)
-    pyplot.close(figure)
+    pyplot().close(figure)
     return paths
 
 
@@ -118,16 +97,3 @@ def _mark_prompt_end(axes: Any, record: Record, theme: Theme) -> None:
         fontsize=8.5,
         color=theme.paper,
     )
-
-
-def _style(figure: Any, axes: Any, theme: Theme) -> None:
-    figure.set_facecolor(theme.paper)
-    axes.set_facecolor(theme.paper)
-    axes.grid(axis="y", color=theme.faint, lw=0.6)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=theme.ink)
-    axes.xaxis.label.set_color(theme.ink)
-    axes.yaxis.label.set_color(theme.ink)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(theme.faint)

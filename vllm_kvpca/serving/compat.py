@@ -32,6 +32,7 @@ def apply() -> None:
         allow_backend_on_cpu,
         carry_cache_stats,
         send_first_stats,
+        add_status_method,
         add_stat_logger,
     ):
         change()
@@ -205,19 +206,21 @@ def carry_cache_stats() -> None:
 
     if "kvpca" not in SchedulerStats.__dataclass_fields__:
         field: Any = dataclasses.field(default=None)
-        field.name, field.type, field.kw_only = "kvpca", "dict[str, float] | None", False
+        field.name, field.type, field.kw_only = "kvpca", "dict[str, Any] | None", False
         field._field_type = dataclasses._FIELD  # type: ignore[attr-defined]
         SchedulerStats.kvpca = None
-        SchedulerStats.__annotations__["kvpca"] = dict[str, float] | None
+        SchedulerStats.__annotations__["kvpca"] = dict[str, Any] | None
         SchedulerStats.__dataclass_fields__["kvpca"] = field
 
     def make_stats(original: Any) -> Any:
         def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
             stats = original(self, *args, **kwargs)
-            if stats is not None:
-                from vllm_kvpca.serving.cache_stats import cache_stats
+            if KEY in (self.vllm_config.additional_config or {}):
+                from vllm_kvpca.serving.cache_stats import take_stats
 
-                stats.kvpca = cache_stats(self)
+                figures = take_stats(self)  # also without statistics: it empties its lists
+                if stats is not None:
+                    stats.kvpca = figures
             return stats
 
         return wrapper
@@ -237,6 +240,11 @@ def send_first_stats() -> None:
     def run_busy_loop(original: Any) -> Any:
         def wrapper(self: Any) -> Any:
             if KEY in (self.vllm_config.additional_config or {}):
+                from vllm_kvpca.serving.archive_time import SampleFetcher
+                from vllm_kvpca.serving.cache_stats import Sent
+
+                if self.log_stats:
+                    Sent.of(self.scheduler).samples = SampleFetcher(self.model_executor)
                 stats = self.scheduler.make_stats()
                 if stats is not None:
                     self.output_queue.put_nowait((0, EngineCoreOutputs(scheduler_stats=stats)))
@@ -246,6 +254,21 @@ def send_first_stats() -> None:
 
     for owner in (EngineCoreProc, DPEngineCoreProc):
         _wrap_once(owner, "run_busy_loop", run_busy_loop)
+
+
+# -- status: waits for a way to ask the scheduler, and not only workers, from a route -----
+
+
+def add_status_method() -> None:
+    """`GET /kv_compression` asks the engine by this method, as vLLM's own routes do by theirs."""
+    from vllm.v1.engine.core import EngineCore
+
+    def kvpca_status(self: Any) -> Any:
+        from vllm_kvpca.serving.cache_stats import engine_status
+
+        return engine_status(self.scheduler)
+
+    EngineCore.kvpca_status = kvpca_status
 
 
 # -- stat logger: waits for stat-logger plugins that do not switch statistics on ---------

@@ -17,6 +17,7 @@ from vllm_kvpca.kernels.decode import DecodeWorkspace, decode, plan_decode
 from vllm_kvpca.kernels.gather import gather
 from vllm_kvpca.kernels.layer_codec import LayerCodec
 from vllm_kvpca.kernels.store import store
+from vllm_kvpca.serving.archive_time import timer
 from vllm_kvpca.serving.device_batch import DevicePrefill, DeviceStep
 from vllm_kvpca.serving.step import StepTokens
 
@@ -64,6 +65,7 @@ def run_device_step(
 ) -> None:
     """Write the attention of all new tokens into `tokens.output`."""
     store(cache.recent, tokens.key, tokens.value, step.slots)
+    started = timer.start(step, cache.recent.device)
     archive(
         cache.pages,
         cache.recent,
@@ -78,6 +80,7 @@ def run_device_step(
         cache.codec,
         max_new=step.max_new,
     )
+    timer.stop(started)
     if step.decodes:
         _decode(step, tokens, cache, workspace.decode, scale, soft_cap)
     for prefill in step.prefills:

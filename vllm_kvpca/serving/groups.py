@@ -237,6 +237,10 @@ class ArchiveManager(_GroupManager):
         super().__init__(kv_cache_spec, **kwargs)
         self.archived_tokens = 0
         """Tokens archived since the engine started."""
+        self.archive_operations = 0
+        """Steps in which a sequence archived, over all sequences."""
+        self.ended: dict[str, int] = {}
+        """Archived tokens of requests that gave their blocks back; cache_stats empties it."""
 
     def _missing(self, num_tokens: int, held: int) -> int:
         archived = self.kv_cache_spec.policy.boundary(num_tokens)
@@ -264,11 +268,19 @@ class ArchiveManager(_GroupManager):
         missing = self._missing(num_tokens_main_model, len(rows))
         new = self.block_pool.get_new_blocks(missing) if missing else []
         self.archived_tokens += missing * self.block_size
+        self.archive_operations += missing > 0
         rows.extend(new)
         self._hold(new)
         if self._record_new_block_ids:
             self.new_block_ids.extend(block.block_id for block in new)
         return new
+
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        blocks = super().pop_blocks_for_free(request_id)
+        # A request that is preempted and ends before it runs again holds nothing the second time.
+        if blocks or request_id not in self.ended:
+            self.ended[request_id] = len(blocks) * self.block_size
+        return blocks
 
     def cache_blocks(
         self,

@@ -24,6 +24,7 @@ from vllm_kvpca.kernels.layer_codec import LayerCodec
 from vllm_kvpca.pages.layout import ArchiveLayout, raw_token_bytes
 from vllm_kvpca.pages.plan import RAW_BLOCKS, PagePlan, plan_pages
 from vllm_kvpca.preset import Preset
+from vllm_kvpca.serving.archive_time import timer
 from vllm_kvpca.serving.groups import ArchiveSpec, RecentSpec
 from vllm_kvpca.serving.options import CompressionOptions, cached_preset
 
@@ -113,6 +114,7 @@ def attach_archive(impl: KvpcaAttentionImpl, vllm_config: Any) -> ArchiveLayer:
     layer.get_kv_cache_spec = lambda vllm_config: recent
     archive = ArchiveLayer(spec, codec, layer.num_heads)
     context[name + ARCHIVE_SUFFIX] = archive
+    timer.layers += 1
     return archive
 
 

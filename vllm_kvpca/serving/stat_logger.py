@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from prometheus_client import Counter, Gauge
+from prometheus_client import Counter, Gauge, Histogram
 from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 
 from vllm_kvpca.metrics import COMMON_LABELS, METRICS
@@ -13,21 +13,45 @@ from vllm_kvpca.serving.options import CompressionOptions, cached_preset
 
 
 @cache
-def _collectors() -> dict[str, Gauge | Counter]:
+def _collectors() -> dict[str, Gauge | Counter | Histogram]:
     """One Prometheus collector per metric and process.
 
     Not named `vllm:*`: vLLM unregisters those when an engine starts.
     """
-    collectors: dict[str, Gauge | Counter] = {}
+    collectors: dict[str, Gauge | Counter | Histogram] = {}
     for metric in METRICS:
         labels = [*COMMON_LABELS, *metric.labels]
         if metric.kind == "counter":
             collectors[metric.key] = Counter(metric.name, metric.help, labels)
+        elif metric.kind == "histogram":
+            collectors[metric.key] = Histogram(
+                metric.name, metric.help, labels, buckets=metric.buckets
+            )
         else:
             collectors[metric.key] = Gauge(
                 metric.name, metric.help, labels, multiprocess_mode="mostrecent"
             )
     return collectors
+
+
+class _Shown:
+    """One series, kept because looking it up by its labels costs more than setting it."""
+
+    def __init__(self, child: Any) -> None:
+        self._child = child
+        self._is_gauge, self._is_counter = isinstance(child, Gauge), isinstance(child, Counter)
+
+    def update(self, value: Any) -> None:
+        if self._is_gauge:
+            self._child.set(value)
+        elif self._is_counter:
+            # What was added since the last figures: with several API servers each gets only
+            # some of them, and Prometheus' client adds up what they all counted.
+            if value:
+                self._child.inc(value)
+        else:
+            for observed in value:
+                self._child.observe(observed)
 
 
 class KvpcaStatLogger(AggregateStatLoggerBase):
@@ -38,11 +62,12 @@ class KvpcaStatLogger(AggregateStatLoggerBase):
         self.model_name = served if isinstance(served, str) else served[0]
         self.engine_indexes = engine_indexes
         self.options = CompressionOptions.of(vllm_config)
-        self._counted: dict[tuple[str, int], float] = {}
+        self._shown: dict[tuple[str, int], _Shown] = {}
 
     def log_engine_initialized(self) -> None:
         if self.options is None:
             return
+        self._show_before_first_event()
         preset = cached_preset(self.options.preset)
         for engine in self.engine_indexes:
             info = _collectors()["preset_info"]
@@ -60,13 +85,19 @@ class KvpcaStatLogger(AggregateStatLoggerBase):
         if not figures:
             return
         for path, value in figures.items():
-            key, _, state = path.partition("/")
-            labels = (self.model_name, str(engine_idx), *([state] if state else []))
-            collector = _collectors()[key]
-            if isinstance(collector, Counter):
-                before = self._counted.get((key, engine_idx), 0)
-                # A smaller value means that the engine was restarted and counts anew.
-                collector.labels(*labels).inc(value - before if value >= before else value)
-                self._counted[key, engine_idx] = value
-            else:
-                collector.labels(*labels).set(value)
+            shown = self._shown.get((path, engine_idx))
+            if shown is None:
+                shown = self._shown[path, engine_idx] = _Shown(self._child(path, engine_idx))
+            shown.update(value)
+
+    def _child(self, path: str, engine: int) -> Any:
+        key, _, state = path.partition("/")
+        labels = (self.model_name, str(engine), *([state] if state else []))
+        return _collectors()[key].labels(*labels)
+
+    def _show_before_first_event(self) -> None:
+        """Counters and histograms at 0: a rate is lost where a series begins above it."""
+        for metric in METRICS:
+            if metric.kind != "gauge":
+                for engine in self.engine_indexes:
+                    _collectors()[metric.key].labels(self.model_name, str(engine))

@@ -11,6 +11,7 @@ import torch
 
 from vllm_kvpca.kernels import merge, reference
 from vllm_kvpca.kernels.layer_codec import LayerCodec
+from vllm_kvpca.serving.archive_time import timer
 from vllm_kvpca.serving.batch import ArchiveWork, Bucket, Step
 
 
@@ -47,7 +48,9 @@ def run_step(
     """
     reference.store(recent, tokens.key, tokens.value, step.store_slots)
     if step.archive is not None:
+        started = timer.start(step, recent.device)
         _archive(step.archive, tokens, recent, pages, codec)
+        timer.stop(started)
     for bucket in step.buckets:
         _attend(bucket, tokens, recent, pages, codec, scale, soft_cap)
 

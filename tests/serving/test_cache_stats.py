@@ -1,0 +1,126 @@
+"""Reports of the scheduler add up, whoever receives them and whatever is preempted."""
+
+from __future__ import annotations
+
+import random
+from types import SimpleNamespace
+
+import pytest
+from prometheus_client import REGISTRY
+
+from vllm_kvpca.codec.policy import Policy
+from vllm_kvpca.pages.plan import PagePlan, peak_blocks
+from vllm_kvpca.serving.archive_time import ArchiveTimer, SampleFetcher
+from vllm_kvpca.serving.cache_stats import engine_status, take_stats
+from vllm_kvpca.serving.stat_logger import KvpcaStatLogger
+
+from .shadow import Engine, random_traffic
+
+PLAN = PagePlan(32, 80)
+LONGEST = 776
+
+
+class Scheduler:
+    """What cache_stats sees of vLLM's scheduler, over the shadow engine."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.kv_cache_manager = engine.manager
+        self.kv_cache_config = engine.manager.coordinator.kv_cache_config
+        self.vllm_config = SimpleNamespace(model_config=SimpleNamespace(max_model_len=LONGEST))
+
+    @property
+    def requests(self) -> dict:
+        alive = [*self.engine.running, *self.engine.waiting]
+        return {sequence.request.request_id: sequence.request for sequence in alive}
+
+
+@pytest.fixture(scope="module")
+def traffic() -> tuple[Engine, Scheduler, list[dict]]:
+    """Random traffic with preemptions, and what was reported after every third step."""
+    policy = Policy(256, 128, PLAN.align)
+    blocks = 2 + int(1.15 * peak_blocks(PLAN, policy, LONGEST, 2))
+    engine = Engine(PLAN, 256, 128, lag=1, blocks=blocks, reserve=False)
+    scheduler, reports, step, count = Scheduler(engine), [], engine.step, 0
+
+    def step_and_report() -> None:
+        nonlocal count
+        step()
+        count += 1
+        if count % 3 == 0:
+            reports.append(take_stats(scheduler))
+
+    engine.step = step_and_report
+    random_traffic(engine, random.Random(3), 170, 2 * PLAN.align + 256)
+    reports.append(take_stats(scheduler))
+    assert engine.counts["preemptions"] > 0 and engine.counts["finished"] > 3
+    return engine, scheduler, reports
+
+
+def test_each_request_that_ended_is_observed_once_and_no_preempted_one(traffic):
+    engine, _, reports = traffic
+    ended = [n for report in reports for n in report.get("request_archived_tokens", [])]
+    assert len(ended) == engine.counts["finished"]
+    assert any(ended)
+    assert all(tokens % PLAN.archive_block == 0 for tokens in ended)
+
+
+def test_two_api_servers_that_share_the_reports_count_everything_once(traffic):
+    engine, scheduler, reports = traffic
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(served_model_name="two-servers"), additional_config={}
+    )
+    servers = [KvpcaStatLogger(config, [0]) for _ in range(2)]
+    for number, report in enumerate(reports):
+        servers[number % 2].record(SimpleNamespace(kvpca=report), None)
+
+    def value(name: str) -> float | None:
+        return REGISTRY.get_sample_value(name, {"model_name": "two-servers", "engine": "0"})
+
+    assert engine.worker.archived > 0
+    assert value("kvpca_archived_tokens_total") == engine.archive.archived_tokens
+    assert value("kvpca_request_archived_tokens_count") == engine.counts["finished"]
+    figures = engine_status(scheduler)["figures"]
+    for name in ("archived_tokens", "archive_operations", "archive_written_bytes"):
+        assert value(f"kvpca_{name}_total") == figures[name] > 0
+    observed = value("kvpca_request_archived_tokens_sum")
+    assert figures["request_archived_tokens/sum"] == observed
+
+
+def test_archive_time_is_that_of_the_first_layer_times_the_layers():
+    timer = ArchiveTimer(layers=30)
+    cpu, steps = SimpleNamespace(type="cpu"), [object(), object()]
+    for step in steps:
+        marks = [timer.start(step, cpu) for _ in range(3)]
+        assert [mark is not None for mark in marks] == [True, False, False]
+        timer.stop(marks[0] - 0.5)  # as if it had begun half a second ago
+    first, second = timer.take()
+    assert 15 <= first < 16 and 15 <= second < 16
+    assert timer.take() == []
+
+
+def test_samples_are_fetched_without_waiting():
+    """The engine asks once, goes on without an answer, and takes it when it is there."""
+
+    class Answer:
+        ready = False
+
+        def done(self) -> bool:
+            return self.ready
+
+        def result(self) -> list[list[float]]:
+            assert self.ready, "the engine would wait here"
+            return [[0.25], [0.5]]  # one list per rank
+
+    answers: list[Answer] = []
+
+    def ask(method, *, non_block: bool) -> Answer:
+        assert non_block
+        answers.append(Answer())
+        return answers[-1]
+
+    fetcher = SampleFetcher(SimpleNamespace(collective_rpc=ask))
+    assert [fetcher.take() for _ in range(3)] == [[], [], []]
+    assert len(answers) == 1
+    answers[0].ready = True
+    assert fetcher.take() == [0.25]

@@ -1,0 +1,98 @@
+"""How long a step spends archiving: sampled in workers, fetched by the engine.
+
+Nothing here waits: on a GPU two events frame the archive of one layer and are read once they
+have passed; the engine asks its workers every few seconds and takes the answer when it is there.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+ASK_EVERY = 2.0
+"""Seconds between two questions to the workers; each costs a message, not a wait."""
+
+_Mark = float | torch.cuda.Event
+
+
+@dataclass
+class ArchiveTimer:
+    """Times the first layer of each step that archives; all layers do the same work.
+
+    Attributes:
+        layers: compressed layers of this worker.
+    """
+
+    layers: int = 0
+    _step: object = None
+    _pending: deque[tuple[_Mark, _Mark]] = field(default_factory=lambda: deque(maxlen=256))
+
+    def start(self, step: object, device: torch.device) -> _Mark | None:
+        """Begin a sample; None in all but the first layer, and while a graph is captured
+        (its replays run no Python, so events in it could not be read)."""
+        if step is self._step:
+            return None
+        self._step = step
+        if device.type != "cuda":
+            return time.perf_counter()
+        return None if torch.cuda.is_current_stream_capturing() else _event()
+
+    def stop(self, started: _Mark | None) -> None:
+        """End a sample; nothing to do for None."""
+        if started is not None:
+            end = time.perf_counter() if isinstance(started, float) else _event()
+            self._pending.append((started, end))
+
+    def take(self) -> list[float]:
+        """Seconds of the steps sampled since the last call, over all layers."""
+        seconds = []
+        while self._pending and _has_passed(self._pending[0][1]):
+            seconds.append(_between(*self._pending.popleft()) * self.layers)
+        return seconds
+
+
+def _event() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _has_passed(mark: _Mark) -> bool:
+    return isinstance(mark, float) or mark.query()
+
+
+def _between(start: Any, end: Any) -> float:
+    return end - start if isinstance(end, float) else start.elapsed_time(end) / 1000
+
+
+timer = ArchiveTimer()
+"""The timer of this worker process."""
+
+
+def take_samples(worker: Any) -> list[float]:
+    """Run in each worker by the engine's collective_rpc."""
+    return timer.take()
+
+
+class SampleFetcher:
+    """Brings the samples of rank 0 to the engine without ever waiting for them."""
+
+    def __init__(self, executor: Any) -> None:
+        self._executor = executor
+        self._answer: Any = None
+        self._asked = 0.0
+
+    def take(self) -> list[float]:
+        """What has arrived since the last call."""
+        samples: list[float] = []
+        if self._answer is not None and self._answer.done():
+            samples = self._answer.result()[0]
+            self._answer = None
+        if self._answer is None and time.monotonic() - self._asked >= ASK_EVERY:
+            self._asked = time.monotonic()
+            self._answer = self._executor.collective_rpc(take_samples, non_block=True)
+        return samples
