@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from vllm_kvpca.errors import UnsupportedError
-from vllm_kvpca.kernels.decode_plan import MAX_GROUP, row_count
+from vllm_kvpca.kernels.decode_plan import MAX_GROUP, check_tiles, row_count
 
 pytest.importorskip("triton")
 
@@ -67,6 +67,11 @@ def test_compiles_for(capability, name):
     command = [sys.executable, str(WORKER), f"compile:{name},{capability}"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_blocks_smaller_than_a_tile_are_refused_with_the_way_out():
+    with pytest.raises(UnsupportedError, match="--block-size 32 or more"):
+        check_tiles(16, 32)
 
 
 def test_too_many_query_heads_are_refused_with_the_way_out():

@@ -26,6 +26,7 @@ from vllm_kvpca.kernels.decode_plan import (
     Part,
     Tuning,
     archive_part,
+    check_tiles,
     dropped_columns,
     make_workspace,
     recent_part,
@@ -177,6 +178,8 @@ def launches(
     """How the split and the merge kernel are compiled for one kind of batch."""
     tuning = tuning or Tuning()
     archive, raw = archive_part(layout), recent_part(head_dim, raw_block)
+    check_tiles(archive.block, tuning.archive_tile)
+    check_tiles(raw.block, tuning.recent_tile)
     shared: dict[str, Any] = {
         "GROUP": group,
         "ROWS": row_count(group),

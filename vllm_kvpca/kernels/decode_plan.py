@@ -117,6 +117,19 @@ def make_workspace(
     )
 
 
+def check_tiles(block: int, tile: int) -> None:
+    """A tile may reach into a second block, never a third.
+
+    Raises:
+        UnsupportedError: blocks smaller than a tile.
+    """
+    if block < tile:
+        raise UnsupportedError(
+            f"blocks of {block} tokens are too small for the decode kernel, which reads {tile} at "
+            f"a time: pass --block-size {tile} or more."
+        )
+
+
 def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 1
