@@ -289,17 +289,20 @@ def test_archived_tokens_are_counted_once_and_never_fall(scrapes: list[Scrape], 
     assert counts[0] == 0
     last = 200 + 270 - 1  # the last token of an answer is never computed
     assert one[-1].value("kvpca_archived_tokens_total") == POLICY.boundary(last)
-    # Of the two that share a prompt the second archives only what the first has not.
+    # Of the two that share a prompt the second, of 100 tokens more, archives only what it has
+    # not found archived.
     cold = sum(POLICY.boundary(length + count - 1) for length, count in SEVERAL)
+    shared = SEVERAL[-1][0]
+    cold += POLICY.boundary(shared + 100 - 1) - (shared - 1) // HIT_STEP * HIT_STEP
     assert counts[-1] - POLICY.boundary(last) == cold
 
 
 def test_archive_work_is_counted_in_operations_bytes_and_requests(
     one: list[Scrape], several: list[Scrape]
 ):
-    """Of the lone request: two steps of 160 tokens; 100 archived bytes per token and head."""
+    """Of the lone request: four blocks of 80 tokens; 100 archived bytes per token and head."""
     last = one[-1]
-    assert last.value("kvpca_archive_operations_total") == 2
+    assert last.value("kvpca_archive_operations_total") == 4
     token_bytes = LAYERS * KV_HEADS * (HEAD_DIM + HEAD_DIM // 2 + 4)
     assert last.value("kvpca_archive_written_bytes_total") == 320 * token_bytes
     assert last.value("kvpca_request_archived_tokens_count") == 1
