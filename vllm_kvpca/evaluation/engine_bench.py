@@ -43,7 +43,7 @@ class Load:
 
 LOADS = (
     Load("decode", 32, 4096, 257),
-    Load("memory-limited", 160, 2048, 512, fits=False),
+    Load("memory-limited", 96, 4096, 2048, fits=False),
     Load("below compress_after", 64, 256, 200),
 )
 PROMPTS = (2048, 8192, 32000)
