@@ -37,7 +37,10 @@ def test_more_sets_of_blocks_where_one_would_fit_the_cache():
 def engine(tokens, speed, milliseconds):
     return {
         "tokens": tokens,
-        "loads": [{"name": load.name, "tokens_per_second": speed} for load in engine_bench.LOADS],
+        "loads": [
+            {"name": load.name, "tokens_per_second": speed}
+            for load in (*engine_bench.LOADS, engine_bench.MEMORY_LIMITED)
+        ],
         "first_token_milliseconds": {"2048": milliseconds},
     }
 

@@ -8,10 +8,12 @@ measured beside the presets.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import median
 from typing import Any
+
+import numpy as np
 
 from vllm_kvpca.evaluation import engine
 from vllm_kvpca.evaluation.engine import STOCK, EngineSettings
@@ -23,29 +25,27 @@ DUMMY: dict[str, Any] = {
     "load_format": "dummy",
     "skip_tokenizer_init": True,
     # Fewer than vLLM's default: a start takes less time, and every engine gets the same.
-    "compilation_config": {"cudagraph_capture_sizes": [1, 4, 16, 32, 64, 128, 192, 256]},
+    "compilation_config": {"cudagraph_capture_sizes": [1, 4, 16, 32, 48, 64, 80, 96, 128, 192, 256]},
 }
 
 
 @dataclass(frozen=True)
 class Load:
-    """Requests that arrive at once; all generate `generated` tokens after `prompt` of them.
-
-    `fits` says whether all of them find room in the cache together.
-    """
+    """Requests that arrive at once; each generates `generated` tokens after `prompt` of them."""
 
     name: str
     requests: int
     prompt: int
     generated: int
-    fits: bool = True
 
 
-LOADS = (
-    Load("decode", 32, 4096, 257),
-    Load("memory-limited", 96, 4096, 2048, fits=False),
-    Load("below compress_after", 64, 256, 200),
-)
+LOADS = (Load("decode", 32, 4096, 257), Load("below compress_after", 64, 256, 200))
+"""Loads whose requests fit the cache together."""
+MEMORY_LIMITED = Load("memory-limited", 320, 4096, 2048)
+"""Far more requests than fit, as on a busy server. `generated` is the mean: answers of half to
+one and a half times as many tokens, so that requests come and go all the time."""
+SECONDS = 30
+"""How long the memory-limited load is watched, from its first finished answer on."""
 PROMPTS = (2048, 8192, 32000)
 """Prompts for time to first token: the first two fit one chunk, the last needs several."""
 REPEATS = 3
@@ -63,7 +63,10 @@ def _measure(settings: EngineSettings) -> dict[str, Any]:
         _generate(llm, vocabulary, Load("warm-up", 8, 600, 32))
         results: dict[str, Any] = {
             "tokens": llm.llm_engine.vllm_config.cache_config.kv_cache_size_tokens,
-            "loads": [_load(llm, vocabulary, load) for load in LOADS],
+            "loads": [
+                *(_load(llm, vocabulary, load) for load in LOADS),
+                _memory_limited(llm, vocabulary, MEMORY_LIMITED),
+            ],
             "first_token_milliseconds": {
                 str(length): _first_token(llm, vocabulary, length) for length in PROMPTS
             },
@@ -87,17 +90,67 @@ def _generate(llm: Any, vocabulary: int, load: Load) -> float:
 
 
 def _load(llm: Any, vocabulary: int, load: Load) -> dict[str, Any]:
-    """Generated tokens per second: where all requests run at once without the prefill, which a
-    run with one token each measures; where they take turns, over all."""
-    prefill = _generate(llm, vocabulary, replace(load, generated=1)) if load.fits else 0.0
-    seconds = _generate(llm, vocabulary, load)
-    tokens = load.requests * (load.generated - (1 if load.fits else 0))
+    """Decoded tokens per second: what a run takes longer than one with a token each."""
+    runs = [
+        (_generate(llm, vocabulary, replace(load, generated=1)), _generate(llm, vocabulary, load))
+        for _ in range(REPEATS)
+    ]
+    prefill, seconds = median(run[0] for run in runs), median(run[1] for run in runs)
+    tokens = load.requests * (load.generated - 1)
     return {
         **asdict(load),
         "seconds": seconds,
         "prefill_seconds": prefill,
         "tokens_per_second": tokens / (seconds - prefill),
     }
+
+
+def _memory_limited(llm: Any, vocabulary: int, load: Load) -> dict[str, Any]:
+    """Output tokens per second, prefill included, while requests wait for room.
+
+    Raises:
+        RuntimeError: the last request got in before the time was over.
+    """
+    engine = llm.llm_engine
+    waiting = set(_add_requests(engine, vocabulary, load))
+    everyone = list(waiting)
+    tokens, begin, now = 0, None, 0.0
+    while begin is None or now < begin + SECONDS:
+        outputs = engine.step()
+        now = time.perf_counter()
+        waiting -= {output.request_id for output in outputs}
+        if begin is not None:
+            tokens += sum(len(output.outputs[0].token_ids) for output in outputs)
+        elif any(output.finished for output in outputs):
+            begin = now
+        if not waiting:
+            raise RuntimeError("no request waits any more: give the memory-limited load more.")
+    engine.abort_request(everyone)
+    while engine.has_unfinished_requests():
+        engine.step()
+    seconds = now - begin
+    return {**asdict(load), "seconds": seconds, "tokens_per_second": tokens / seconds}
+
+
+def _add_requests(engine: Any, vocabulary: int, load: Load) -> Iterator[str]:
+    """Hand over all requests of a load with answers of random length, and yield their ids."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    lengths = np.random.default_rng(load.generated).integers(
+        load.generated // 2, load.generated * 3 // 2, size=load.requests, endpoint=True
+    )
+    prompts = random_prompts(vocabulary, load.requests, load.prompt, seed=load.prompt)
+    for index, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
+        params = SamplingParams(
+            temperature=0,
+            max_tokens=int(length),
+            ignore_eos=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.DELTA,
+        )
+        engine.add_request(str(index), {"prompt_token_ids": prompt}, params)
+        yield str(index)
 
 
 def _first_token(llm: Any, vocabulary: int, length: int) -> float:
