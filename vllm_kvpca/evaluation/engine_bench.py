@@ -25,7 +25,9 @@ DUMMY: dict[str, Any] = {
     "load_format": "dummy",
     "skip_tokenizer_init": True,
     # Fewer than vLLM's default: a start takes less time, and every engine gets the same.
-    "compilation_config": {"cudagraph_capture_sizes": [1, 4, 16, 32, 48, 64, 80, 96, 128, 192, 256]},
+    "compilation_config": {
+        "cudagraph_capture_sizes": [1, 4, 16, 32, 48, 64, 80, 96, 128, 192, 256]
+    },
 }
 
 
