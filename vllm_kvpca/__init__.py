@@ -15,6 +15,7 @@ except PackageNotFoundError:  # a source tree that was never installed
 # Public name -> the module that defines it.
 _LAZY = {
     "load_preset": "vllm_kvpca.preset",
+    "load_preset_cache": "vllm_kvpca.hf_cache",
 }
 
 __all__ = ["__version__", *_LAZY]

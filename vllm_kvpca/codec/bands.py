@@ -100,7 +100,7 @@ def encode_bands(y: torch.Tensor, bands: Sequence[Band]) -> tuple[torch.Tensor, 
 
     Args:
         y: (..., components), any floating dtype; 16-bit bands are stored in this dtype,
-            which must then be two bytes wide.
+            so in float32 they take 4 bytes a component and not the 2 of a page.
         bands: their widths add up to `components`.
 
     Returns:
@@ -164,7 +164,8 @@ def decode_bands(
     out = torch.empty(*codes.shape[:-1], stored_width(bands), dtype=dtype, device=codes.device)
     byte = column = index = 0
     for band in bands:
-        part = codes[..., byte : byte + band.code_bytes]
+        size = band.width * raw_dtype.itemsize if band.bits == RAW_BITS else band.code_bytes
+        part = codes[..., byte : byte + size]
         target = out[..., column : column + band.width]
         if band.bits == RAW_BITS:
             target.copy_(part.contiguous().view(raw_dtype))
@@ -176,6 +177,6 @@ def decode_bands(
                 for nibbles, run in zip(signed_nibbles(part), target.chunk(2, -1), strict=True):
                     torch.mul(nibbles, scale, out=run)
             index += 1
-        byte += band.code_bytes
+        byte += size
         column += band.width if band.bits else 0
     return out

@@ -11,6 +11,9 @@ import torch
 
 from vllm_kvpca.errors import OptionsError
 
+DEFAULT_COMPRESS_AFTER = 512
+DEFAULT_KEEP_RECENT = 256
+
 
 def boundary(n: int, compress_after: int, keep_recent: int, align: int) -> int:
     """Number of leading tokens that are archived in a sequence of `n` computed tokens.

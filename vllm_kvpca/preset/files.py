@@ -82,6 +82,7 @@ class Preset:
 
         Args:
             names: the model's path and other names; one of them must match the preset's.
+                None at all: the name is not known and not checked.
             num_layers, num_kv_heads, head_dim: the whole model's shape.
             layers: indices of the layers that would be compressed.
 
@@ -100,13 +101,15 @@ class Preset:
         covered = set(self.config.layers if self.config.layers is not None else range(num_layers))
         if missing := sorted(set(layers) - covered):
             wrong.append(f"no basis for layers {missing}")
-        if not any(same_model(shape.name, name) for name in names):
+        if names and not any(same_model(shape.name, name) for name in names):
             wrong.append(f"model {shape.name}")
         if wrong:
+            model = names[0] if names else "MODEL"
             raise PresetMismatch(
                 f"preset {self.name!r} was calibrated for another model: it has "
-                f"{', '.join(wrong)}; you serve {names[0]!r}. Use a calibration-free format "
-                f"({', '.join(FORMATS)}) or calibrate one: vllm-kvpca calibrate --model {names[0]} "
+                f"{', '.join(wrong)}{f'; you have {model!r}' if names else ''}. "
+                f"Use a calibration-free format ({', '.join(FORMATS)}) or calibrate one: "
+                f"vllm-kvpca calibrate --model {model} "
                 f"--format {self.config.format} --text FILES --output DIR."
             )
 

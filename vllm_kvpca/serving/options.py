@@ -11,14 +11,12 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
-from vllm_kvpca.codec.policy import Policy
+from vllm_kvpca.codec.policy import DEFAULT_COMPRESS_AFTER, DEFAULT_KEEP_RECENT, Policy
 from vllm_kvpca.errors import OptionsError, UnsupportedError
 from vllm_kvpca.preset import Preset, load_preset
 from vllm_kvpca.preset.files import list_shipped
 
 KEY = "kv_compression"
-DEFAULT_COMPRESS_AFTER = 512
-DEFAULT_KEEP_RECENT = 256
 
 
 class CompressionOptions(BaseModel):
