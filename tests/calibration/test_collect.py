@@ -6,10 +6,12 @@ from typing import Any
 import pytest
 import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, MambaConfig, MambaForCausalLM
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from vllm_kvpca.calibration.collect import attention_shape, collect
-from vllm_kvpca.calibration.fit import band_energy, fit_bases, preset_config
+from vllm_kvpca.calibration.collect import AttentionShape, Moments, attention_shape, collect
+from vllm_kvpca.calibration.fit import band_energy, fit_bases, preset_config, wanted
 from vllm_kvpca.calibration.text import windows
+from vllm_kvpca.codec.basis import orthonormality_error
 from vllm_kvpca.errors import CalibrationError, UnsupportedError
 from vllm_kvpca.preset import load_preset, save_preset
 
@@ -67,6 +69,49 @@ def test_k_is_taken_after_rope(model: Any, sequences: list[list[int]]):
     assert (moments.mean("k") - before).abs().max() > 0.01 * before.abs().max()
 
 
+def test_queries_are_those_the_attention_sees(model: Any, sequences: list[list[int]]):
+    """Rotated queries of one window, against q_proj and transformers' own rotary embedding."""
+    window = sequences[0]
+    moments = collect(model, attention_shape(model), ["k", "q"], [window])
+    q = hooked(model, [window], "q")  # (layers, tokens, heads, head_dim)
+    positions = torch.arange(len(window))[None]
+    cos, sin = model.model.rotary_emb(torch.zeros(1), positions)
+    q, _ = apply_rotary_pos_emb(q, q, cos.double(), sin.double(), unsqueeze_dim=2)
+    groups = q.unflatten(2, (2, 2))  # query heads 0 and 1 read KV head 0
+    expected = torch.einsum("lthgd,lthge->lhde", groups, groups) / len(window)
+    torch.testing.assert_close(moments.mean("q"), expected, rtol=1e-4, atol=1e-6)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_attention_that_cannot_be_observed_is_refused(model: Any):
+    model.set_attn_implementation("eager")
+    try:
+        with pytest.raises(UnsupportedError, match="eager"):
+            collect(model, attention_shape(model), ["k", "q"], [[5, 6, 7]])
+    finally:
+        model.set_attn_implementation("sdpa")
+
+
+def test_a_query_weighted_basis_puts_first_what_queries_look_at():
+    """K is strong along axes 0 to 3, queries along 4 to 7: both belong to the 8-bit band."""
+    strengths = {"k": [9.0] * 4 + [1.0] * 4 + [0.1] * 24, "q": [0.1] * 4 + [9.0] * 4 + [0.1] * 24}
+    moments = Moments(
+        {w: {0: torch.diag(torch.tensor(x).double())[None]} for w, x in strengths.items()}, tokens=1
+    )
+    shape = AttentionShape(num_layers=1, num_kv_heads=1, head_dim=32, layers=(0,))
+    config = preset_config("k5v4", "org/Tiny", None, shape)
+    assert wanted(config) == ["k", "q"]
+    bases = fit_bases(moments, config)
+    assert list(bases) == ["k"] and orthonormality_error(bases["k"]) < 1e-6
+    first = bases["k"][0, 0, :, :8]  # 1/4 of the components
+    torch.testing.assert_close(
+        first.square().sum(-1), torch.tensor([1.0] * 8 + [0.0] * 24), rtol=0, atol=1e-6
+    )
+    # Mixed: every component takes the same part of the band's energy.
+    energy = (first * (moments.mean("k")[0, 0].float() @ first)).sum(0)
+    torch.testing.assert_close(energy, torch.full((8,), 5.0), rtol=1e-5, atol=0)
+
+
 def test_a_window_does_not_see_the_one_before(model: Any, sequences: list[list[int]]):
     shape = attention_shape(model)
     alone = [collect(model, shape, ["v"], [sequence]) for sequence in sequences]
@@ -78,7 +123,8 @@ def test_a_window_does_not_see_the_one_before(model: Any, sequences: list[list[i
 def test_the_basis_diagonalizes_the_second_moment(model: Any, sequences: list[list[int]]):
     shape = attention_shape(model)
     moments = collect(model, shape, ["v"], sequences)
-    config, bases = preset_config("v-rank-int8", "org/Tiny", None, shape), fit_bases(moments)
+    config = preset_config("v-rank-int8", "org/Tiny", None, shape)
+    bases = fit_bases(moments, config)
     v = hooked(model, sequences)
     y = torch.einsum("lthd,lhdc->lthc", v, bases["v"].double())
     moment = torch.einsum("lthc,lthd->lhcd", y, y) / v.shape[1]
@@ -102,7 +148,7 @@ def test_same_seed_same_preset(model: Any, tokenizer: Any, text_file: Path, tmp_
     for run in ("first", "second"):
         moments = collect(model, shape, ["v"], windows([text_file], tokenizer, 64, 4000, seed=3))
         config = preset_config("v-rank-int8", "org/Tiny", "abc", shape)
-        save_preset(tmp_path / run, config, fit_bases(moments), "card")
+        save_preset(tmp_path / run, config, fit_bases(moments, config), "card")
     for file in ("config.json", "basis.safetensors"):
         assert (tmp_path / "first" / file).read_bytes() == (tmp_path / "second" / file).read_bytes()
     assert load_preset(tmp_path / "first").bases["v"].shape == (3, 2, 32, 32)
@@ -129,8 +175,9 @@ def test_only_full_attention_layers_are_collected():
     v = hooked(model, sequences)[list(shape.layers)]
     expected = torch.einsum("lthd,lthe->lhde", v, v) / v.shape[1]
     torch.testing.assert_close(moments.mean("v"), expected, rtol=1e-4, atol=1e-6)
-    assert preset_config("v-rank-int8", "org/Tiny-Gemma", None, shape).layers == (1, 3)
-    assert fit_bases(moments)["v"].shape == (2, 1, 32, 32)
+    config = preset_config("v-rank-int8", "org/Tiny-Gemma", None, shape)
+    assert config.layers == (1, 3)
+    assert fit_bases(moments, config)["v"].shape == (2, 1, 32, 32)
 
 
 def test_a_model_without_attention_is_refused():
@@ -144,4 +191,4 @@ def test_nan_is_refused(model: Any):
     moments = collect(model, shape, ["v"], [[5, 6, 7]])
     moments.sums["v"][1][0, 0, 0] = float("nan")
     with pytest.raises(CalibrationError, match="float32"):
-        fit_bases(moments)
+        fit_bases(moments, preset_config("v-mixed", "org/Tiny", None, shape))

@@ -56,7 +56,7 @@ def held_bytes(cache: PresetCache) -> int:
 @pytest.fixture
 def calibrated(tmp_path: Path) -> Path:
     """A preset for 3 layers of 2 heads of 32, a different basis in each."""
-    description, k, v = CALIBRATED_FORMATS["v-mixed"]
+    description, k, v, *_ = CALIBRATED_FORMATS["v-mixed"]
     shape = ModelShape(name="org/Tiny", num_layers=3, num_kv_heads=HEADS, head_dim=HEAD_DIM)
     generator = torch.Generator().manual_seed(5)
     bases = torch.linalg.qr(torch.randn(3, HEADS, HEAD_DIM, HEAD_DIM, generator=generator)).Q

@@ -27,7 +27,7 @@ SHAPE = ModelShape(name="org/Model-1B", num_layers=LAYERS, num_kv_heads=KV_HEADS
 
 
 def make_config(**changes) -> PresetConfig:
-    description, k, v = CALIBRATED_FORMATS["v-mixed"]
+    description, k, v, *_ = CALIBRATED_FORMATS["v-mixed"]
     values = {"format": "v-mixed", "description": description, "k": k, "v": v, "model": SHAPE}
     return PresetConfig(**(values | changes))
 

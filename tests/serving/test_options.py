@@ -189,7 +189,7 @@ def test_vllm_still_has_every_option_that_is_looked_at():
 
 def calibrated(**shape) -> Preset:
     values = {"name": "org/Model-1B", "num_layers": 4, "num_kv_heads": 2, "head_dim": 64}
-    description, k, v = CALIBRATED_FORMATS["v-mixed"]
+    description, k, v, *_ = CALIBRATED_FORMATS["v-mixed"]
     model = ModelShape(**(values | shape))
     config = PresetConfig(format="v-mixed", description=description, k=k, v=v, model=model)
     return Preset("mine", config)

@@ -1,19 +1,27 @@
-"""Second moments of K and V over calibration text, one window at a time.
+"""Second moments of K, V and queries over calibration text, one window at a time.
 
-They are taken where a model hands K and V to its cache (K after RoPE), so no module has to be
-known by name. Nothing but the sums is kept: E[x x^T] in float64, per layer and KV head.
+K and V are taken where a model hands them to its cache (K after RoPE), queries where it calls
+its attention function, so no module has to be known by name. Nothing but the sums is kept:
+E[x x^T] in float64, per layer and KV head.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import DynamicCache, DynamicIndexedLayer, DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from vllm_kvpca.errors import UnsupportedError
+
+OBSERVED = "kvpca_observed"
+"""Name under which transformers knows the attention that shows its queries."""
 
 
 @dataclass(frozen=True)
@@ -38,21 +46,25 @@ class Moments:
 
     Attributes:
         tokens: tokens seen.
-        sums: "k", "v" to {layer: (kv_heads, head_dim, head_dim) float64 sum of x x^T}.
+        sums: "k", "v", "q" to {layer: (kv_heads, head_dim, head_dim) float64 sum of x x^T};
+            "q" over all query heads that read the KV head.
     """
 
     sums: dict[str, dict[int, torch.Tensor]]
     tokens: int = 0
 
     def add(self, which: str, layer: int, states: torch.Tensor) -> None:
-        """Add the (1, kv_heads, tokens, head_dim) states of one layer."""
+        """Add the (1, kv_heads, rows, head_dim) states of one layer."""
         x = states[0].double()
         outer = x.transpose(-1, -2) @ x
         have = self.sums[which].get(layer)
         self.sums[which][layer] = outer if have is None else have.add_(outer)
 
     def mean(self, which: str) -> torch.Tensor:
-        """E[x x^T], (layers, kv_heads, head_dim, head_dim) float64, layers in ascending order."""
+        """E[x x^T], (layers, kv_heads, head_dim, head_dim) float64, layers in ascending order.
+
+        Of the queries it is the sum over the heads that share a KV head.
+        """
         sums = self.sums[which]
         return torch.stack([sums[layer].cpu() for layer in sorted(sums)]) / self.tokens
 
@@ -97,21 +109,52 @@ def collect(
 
     Args:
         model: a transformers model in evaluation mode.
-        wanted: "k" and/or "v".
+        wanted: of "k", "v" and "q".
         windows: token ids; every window is a sequence of its own.
         advance: called with the tokens of each finished window.
+
+    Raises:
+        UnsupportedError: queries are wanted, and the model's attention cannot be observed.
     """
     moments = Moments({which: {} for which in wanted})
 
     def add(layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
-        for which in moments.sums:
+        for which in moments.sums.keys() & {"k", "v"}:
             moments.add(which, layer, {"k": k, "v": v}[which])
 
-    for window in windows:
-        _forward(model, window, _Probe(model.config, set(shape.layers), add))
-        moments.tokens += len(window)
-        advance(len(window))
+    def add_queries(layer: int, queries: torch.Tensor) -> None:
+        if layer in shape.layers:
+            moments.add("q", layer, queries.unflatten(1, (shape.num_kv_heads, -1)).flatten(2, 3))
+
+    with _observed(model, add_queries) if "q" in moments.sums else nullcontext():
+        for window in windows:
+            _forward(model, window, _Probe(model.config, set(shape.layers), add))
+            moments.tokens += len(window)
+            advance(len(window))
     return moments
+
+
+@contextmanager
+def _observed(model: Any, visit: Callable[[int, torch.Tensor], None]) -> Iterator[None]:
+    """Show the queries of every attention call, (1, heads, tokens, head_dim), to `visit`."""
+    before = model.config._attn_implementation
+    if before != "sdpa":
+        raise UnsupportedError(
+            f"{model.config.model_type} computes attention as {before!r}, and a basis weighted by "
+            "the queries needs PyTorch's (sdpa): calibrate another format."
+        )
+
+    def attend(module: Any, query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        visit(module.layer_idx, query)
+        return sdpa_attention_forward(module, query, *args, **kwargs)
+
+    AttentionInterface.register(OBSERVED, attend)
+    AttentionMaskInterface.register(OBSERVED, sdpa_mask)
+    model.set_attn_implementation(OBSERVED)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
 
 
 class _Probe(DynamicCache):

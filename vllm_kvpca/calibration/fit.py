@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from vllm_kvpca.calibration.collect import AttentionShape, Moments
-from vllm_kvpca.codec import pca_basis
+from vllm_kvpca.codec import mix_bands, pca_basis
 from vllm_kvpca.errors import CalibrationError, LayoutError
 from vllm_kvpca.preset.formats import CALIBRATED_FORMATS, FORMATS
 from vllm_kvpca.preset.schema import ModelShape, PresetConfig
@@ -29,8 +29,9 @@ def check_format(name: str) -> None:
 
 
 def wanted(config: PresetConfig) -> list[str]:
-    """Which of "k" and "v" the format needs a basis for."""
-    return [which for which in "kv" if getattr(config, which).basis == "pca"]
+    """Which of "k", "v" and "q", the queries, the format needs second moments of."""
+    which = [which for which in "kv" if getattr(config, which).basis == "pca"]
+    return [*which, "q"] if CALIBRATED_FORMATS[config.format].query_weighted else which
 
 
 def preset_config(
@@ -41,7 +42,7 @@ def preset_config(
     Raises:
         CalibrationError: the format's bands do not fit the model's heads.
     """
-    description, k, v = CALIBRATED_FORMATS[name]
+    description, k, v, *_ = CALIBRATED_FORMATS[name]
     try:
         for tensor in (k, v):
             tensor.resolve(shape.head_dim)
@@ -65,25 +66,43 @@ def preset_config(
     )
 
 
-def fit_bases(moments: Moments) -> dict[str, torch.Tensor]:
+def fit_bases(moments: Moments, config: PresetConfig) -> dict[str, torch.Tensor]:
     """Bases from second moments.
 
+    Args:
+        moments: of what `wanted(config)` names.
+
     Returns:
-        "k", "v" to (layers, kv_heads, head_dim, head_dim) float32, for what was collected.
+        "k", "v" to (layers, kv_heads, head_dim, head_dim) float32, for those with a basis.
 
     Raises:
         CalibrationError: the model computed NaN or infinity.
     """
-    bases = {}
-    for which in moments.sums:
-        mean = moments.mean(which)
+    recipe = CALIBRATED_FORMATS[config.format]
+    means = {which: moments.mean(which) for which in moments.sums}
+    for which, mean in means.items():
         if not torch.isfinite(mean).all():
             raise CalibrationError(
                 f"the model computes NaN or infinity in {which.upper()}: try --dtype float32, and "
                 "check that the model's weights are whole."
             )
-        bases[which] = pca_basis(mean)
+    bases = {}
+    for which in sorted(means.keys() - {"q"}):
+        weighted = which == "k" and recipe.query_weighted
+        fitted = pca_basis(_shape(means["k"]) + _shape(means["q"]) if weighted else means[which])
+        widths = [band.width for band in getattr(config, which).resolve(fitted.shape[-1])]
+        bases[which] = mix_bands(fitted, widths) if recipe.mixed else fitted
     return bases
+
+
+def _shape(moment: torch.Tensor) -> torch.Tensor:
+    """A second moment without its size: trace 1.
+
+    The sum of K's and the queries' is what K's basis diagonalizes: directions in which both are
+    strong come first, those in which neither is last. Weighting one by the other
+    would give an oblique basis, which the kernels do not have.
+    """
+    return moment / moment.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
 
 
 def band_energy(

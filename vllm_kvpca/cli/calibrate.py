@@ -75,7 +75,7 @@ def calibrate(
     with _progress(console, total) as advance:
         windows = texts.windows(files, tokenizer, window, tokens, seed)
         moments = collect(network, shape, wanted(config), windows, advance)
-    bases = fit_bases(moments)
+    bases = fit_bases(moments, config)
     source = Source(
         texts=[texts.describe(path) for path in files],
         tokens=moments.tokens,

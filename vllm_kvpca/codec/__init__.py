@@ -1,7 +1,7 @@
 """The map between a raw head vector and its archived bytes: pure torch, no vLLM."""
 
 from vllm_kvpca.codec.bands import Band, decode_bands, encode_bands, resolve_bands
-from vllm_kvpca.codec.basis import hadamard_basis, identity_basis, pca_basis
+from vllm_kvpca.codec.basis import hadamard_basis, identity_basis, mix_bands, pca_basis
 from vllm_kvpca.codec.policy import Policy, boundary
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "encode_bands",
     "hadamard_basis",
     "identity_basis",
+    "mix_bands",
     "pca_basis",
     "resolve_bands",
 ]

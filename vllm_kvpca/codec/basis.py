@@ -7,6 +7,7 @@ dropping components is the bands' business.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -59,6 +60,21 @@ def pca_basis(second_moment: torch.Tensor) -> torch.Tensor:
     largest = vectors.abs().argmax(-2, keepdim=True)
     sign = torch.gather(vectors, -2, largest).sign()
     return (vectors * sign).float()
+
+
+def mix_bands(basis: torch.Tensor, widths: Sequence[int]) -> torch.Tensor:
+    """Rotate the components of each band among themselves by a Hadamard matrix.
+
+    A band keeps its span and its energy, but the energy is spread evenly over its components, so
+    the one scale they share fits all of them.
+
+    Args:
+        basis: (..., head_dim, components).
+        widths: of the bands, in order; they add up to `components`.
+    """
+    parts = basis.double().split(list(widths), -1)
+    mixed = [part @ hadamard_basis(part.shape[-1]).double() for part in parts]
+    return torch.cat(mixed, -1).float()
 
 
 def orthonormality_error(basis: torch.Tensor) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fractions import Fraction
-from typing import Any
+from typing import Any, NamedTuple
 
 from vllm_kvpca.preset.schema import BandSpec, PresetConfig, TensorFormat
 
@@ -46,17 +46,61 @@ FORMATS: dict[str, PresetConfig] = {
 }
 """Calibration-free formats by name: they fit any standard-attention model."""
 
-CALIBRATED_FORMATS: dict[str, tuple[str, TensorFormat, TensorFormat]] = {
-    "v-mixed": (
+
+class CalibratedFormat(NamedTuple):
+    """A format whose bases `vllm-kvpca calibrate` fits.
+
+    Attributes:
+        mixed: whether the components of each band are rotated among themselves (codec.mix_bands).
+        query_weighted: whether K's basis is fitted to K and the queries instead of K alone: an
+            error of K counts only in the directions in which queries look.
+    """
+
+    description: str
+    k: TensorFormat
+    v: TensorFormat
+    mixed: bool = False
+    query_weighted: bool = False
+
+
+_HADAMARD_4 = _tensor("hadamard", ("1", 4))
+
+CALIBRATED_FORMATS: dict[str, CalibratedFormat] = {
+    "v-mixed": CalibratedFormat(
         "K raw, V in its PCA basis: the strongest 3/8 of the components in int8, the rest in int4.",
         _RAW,
         _tensor("pca", ("3/8", 8), ("5/8", 4)),
+        mixed=True,
     ),
-    "v-rank-int8": (
+    "k7v4": CalibratedFormat(
+        "K in a basis weighted by the queries: 3/4 of the components in int8, the rest in int4. "
+        "V in int4 after a Hadamard rotation.",
+        _tensor("pca", ("3/4", 8), ("1/4", 4)),
+        _HADAMARD_4,
+        mixed=True,
+        query_weighted=True,
+    ),
+    "k6v4": CalibratedFormat(
+        "K in a basis weighted by the queries: half of the components in int8, the rest in int4. "
+        "V in int4 after a Hadamard rotation.",
+        _tensor("pca", ("1/2", 8), ("1/2", 4)),
+        _HADAMARD_4,
+        mixed=True,
+        query_weighted=True,
+    ),
+    "k5v4": CalibratedFormat(
+        "K in a basis weighted by the queries: 1/4 of the components in int8, the rest in int4. "
+        "V in int4 after a Hadamard rotation.",
+        _tensor("pca", ("1/4", 8), ("3/4", 4)),
+        _HADAMARD_4,
+        mixed=True,
+        query_weighted=True,
+    ),
+    "v-rank-int8": CalibratedFormat(
         "K raw, V cut to 3/4 of its PCA components in int8. Kept for comparison: dropping "
         "components loses far more quality than the same bytes in mixed bit widths.",
         _RAW,
         _tensor("pca", ("3/4", 8), ("1/4", 0)),
     ),
 }
-"""Formats that `vllm-kvpca calibrate` turns into presets: description, K, V."""
+"""Formats that `vllm-kvpca calibrate` turns into presets, by name."""
