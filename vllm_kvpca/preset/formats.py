@@ -80,14 +80,6 @@ CALIBRATED_FORMATS: dict[str, CalibratedFormat] = {
         mixed=True,
         query_weighted=True,
     ),
-    "k6v4": CalibratedFormat(
-        "K in a basis weighted by the queries: half of the components in int8, the rest in int4. "
-        "V in int4 after a Hadamard rotation.",
-        _tensor("pca", ("1/2", 8), ("1/2", 4)),
-        _HADAMARD_4,
-        mixed=True,
-        query_weighted=True,
-    ),
     "k5v4": CalibratedFormat(
         "K in a basis weighted by the queries: 1/4 of the components in int8, the rest in int4. "
         "V in int4 after a Hadamard rotation.",
