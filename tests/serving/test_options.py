@@ -20,7 +20,7 @@ from vllm.model_executor import parameter
 from vllm.model_executor.layers import linear
 
 from vllm_kvpca.errors import LayoutError, OptionsError, PresetMismatch, UnsupportedError
-from vllm_kvpca.preset import FORMATS, ModelShape, Preset, PresetConfig
+from vllm_kvpca.preset import FORMATS, ModelShape, Preset, PresetConfig, files
 from vllm_kvpca.preset.formats import CALIBRATED_FORMATS
 from vllm_kvpca.serving import options as options_module
 from vllm_kvpca.serving.layers import local_kv_heads
@@ -47,6 +47,27 @@ def test_options_come_from_additional_config():
     assert CompressionOptions.of(config).model_dump() == values
     for empty in (None, {}, {"other": 1}):
         assert CompressionOptions.of(SimpleNamespace(additional_config=empty)) is None
+
+
+@pytest.mark.parametrize(
+    ("names", "preset"),
+    [
+        (["/models/Model-1B"], "org--Model-1B/k7v4"),
+        (["/models/x", "org/model-1b"], "org--Model-1B/k7v4"),
+        (["org/Other"], "k8v4"),
+        (["org/Model-2B"], "k8v4"),  # has a preset, but of no format that auto takes
+    ],
+)
+def test_auto_is_the_model_s_preset_or_one_for_any_model(monkeypatch, names, preset):
+    shipped = ["k8v4", "org--Model-1B/v-mixed", "org--Model-1B/k7v4", "org--Model-2B/v-mixed"]
+    monkeypatch.setattr(files, "list_shipped", lambda: dict.fromkeys(shipped))
+    logged = []
+    monkeypatch.setattr(options_module.logger, "info", lambda text, *args: logged.append(args))
+    options = CompressionOptions.parse({"preset": "auto", "compress_after": 700})
+    assert options.resolved(names) == options.model_copy(update={"preset": preset})
+    assert [args[0] for args in logged] == [preset]
+    other = CompressionOptions.parse({"preset": "k8v8"})
+    assert other.resolved(names) is other
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from vllm_kvpca.codec.basis import hadamard_basis, orthonormality_error
 from vllm_kvpca.errors import PresetInvalid, PresetMismatch, PresetNotFound
 from vllm_kvpca.pages.layout import ArchiveLayout
-from vllm_kvpca.preset.formats import FORMATS
+from vllm_kvpca.preset.formats import DEFAULT, FORMATS, RECOMMENDED
 from vllm_kvpca.preset.schema import PresetConfig, TensorFormat
 
 CONFIG_FILE = "config.json"
@@ -140,6 +141,25 @@ def list_shipped() -> dict[str, Path | None]:
     for config in sorted(root.glob(f"*/*/{CONFIG_FILE}")):
         names[config.parent.relative_to(root).as_posix()] = config.parent
     return names
+
+
+def choose_preset(names: Sequence[str]) -> tuple[str, str]:
+    """What the preset "auto" stands for.
+
+    Args:
+        names: under which the model is known: path, served names.
+
+    Returns:
+        The shipped preset of the recommended format if there is one for the model, else the
+        calibration-free default; and a sentence that says why.
+    """
+    for shipped in list_shipped():
+        owner, _, format_name = shipped.partition("/")
+        if format_name == RECOMMENDED and any(same_model(owner, name) for name in names):
+            return shipped, "it is shipped for this model."
+    return DEFAULT, (
+        f"no {RECOMMENDED} preset is shipped for this model, and it needs no calibration."
+    )
 
 
 def load_preset(name: str | os.PathLike[str]) -> Preset:

@@ -70,7 +70,6 @@ CALIBRATED_FORMATS: dict[str, CalibratedFormat] = {
         "K raw, V in its PCA basis: the strongest 3/8 of the components in int8, the rest in int4.",
         _RAW,
         _tensor("pca", ("3/8", 8), ("5/8", 4)),
-        mixed=True,
     ),
     "k7v4": CalibratedFormat(
         "K in a basis weighted by the queries: 3/4 of the components in int8, the rest in int4. "
@@ -96,3 +95,8 @@ CALIBRATED_FORMATS: dict[str, CalibratedFormat] = {
     ),
 }
 """Formats that `vllm-kvpca calibrate` turns into presets, by name."""
+
+AUTO = "auto"
+"""In place of a preset's name: RECOMMENDED if it is shipped for the model, else DEFAULT."""
+RECOMMENDED = "k7v4"
+DEFAULT = "k8v4"

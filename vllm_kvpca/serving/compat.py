@@ -98,7 +98,7 @@ def add_flags() -> None:
                 default=argparse.SUPPRESS,
                 metavar="NAME_OR_PATH",
                 help="A shipped preset (`vllm-kvpca presets` lists them), a preset folder, or a "
-                "Hub repository. Without it nothing is compressed.",
+                "Hub repository, or auto. Without it nothing is compressed.",
             )
             group.add_argument(
                 "--kv-compress-after",
@@ -147,7 +147,9 @@ def select_backend() -> None:
             values = (self.additional_config or {}).get(KEY)
             if values is None:
                 return original(self, *args, **kwargs)
-            options = CompressionOptions.parse(values)
+            served = self.served_model_name
+            names = [self.model, *([served] if isinstance(served, str) else served or [])]
+            options = CompressionOptions.parse(values).resolved(names)
             preset = cached_preset(options.preset)
             self.additional_config = {**self.additional_config, KEY: options.model_dump()}
             _use_our_backend(self.attention_config)

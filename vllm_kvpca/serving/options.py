@@ -6,6 +6,7 @@ and is part of vLLM's compile-cache key.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -14,7 +15,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from vllm_kvpca.codec.policy import DEFAULT_COMPRESS_AFTER, DEFAULT_KEEP_RECENT, Policy
 from vllm_kvpca.errors import OptionsError, UnsupportedError
 from vllm_kvpca.preset import Preset, load_preset
-from vllm_kvpca.preset.files import list_shipped
+from vllm_kvpca.preset.files import choose_preset, list_shipped
+from vllm_kvpca.preset.formats import AUTO
+from vllm_kvpca.serving.log import logger
 
 KEY = "kv_compression"
 
@@ -23,7 +26,7 @@ class CompressionOptions(BaseModel):
     """What the user asked for.
 
     Attributes:
-        preset: a preset folder, a Hub repository or a shipped name.
+        preset: a preset folder, a Hub repository, a shipped name or "auto".
         compress_after, keep_recent: tokens; see codec.policy.
     """
 
@@ -51,7 +54,7 @@ class CompressionOptions(BaseModel):
             raise OptionsError(
                 "KV compression needs a preset: add --kv-compression-preset NAME_OR_PATH "
                 f'(or "preset" in additional_config["{KEY}"]). '
-                f"Shipped: {', '.join(list_shipped())}."
+                f"Shipped: {', '.join(list_shipped())}; or auto."
             )
         try:
             options = cls.model_validate(values)
@@ -64,6 +67,18 @@ class CompressionOptions(BaseModel):
             ) from error
         Policy(options.compress_after, options.keep_recent)
         return options
+
+    def resolved(self, names: Sequence[str]) -> CompressionOptions:
+        """These options with the preset that "auto" stands for.
+
+        Args:
+            names: of the model: its path, its served names.
+        """
+        if self.preset != AUTO:
+            return self
+        preset, why = choose_preset(names)
+        logger.info("KV compression preset auto is %s: %s", preset, why)
+        return self.model_copy(update={"preset": preset})
 
     @classmethod
     def of(cls, vllm_config: Any) -> CompressionOptions | None:
