@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -11,6 +11,9 @@ from rich.table import Table
 
 from vllm_kvpca.cli.evaluate import RECORDS, MaxModelLen, Output, Seed
 from vllm_kvpca.errors import OptionsError
+
+if TYPE_CHECKING:
+    from vllm_kvpca.evaluation.engine import EngineSettings
 
 MODEL = Path("benchmarks/models/Qwen2.5-7B-shaped")
 SHAPES = ["1x32768", "1x131072", "8x32768", "16x16384", "64x4096", "128x2048"]
@@ -20,10 +23,10 @@ ENGINES = ["stock", "stock-fp8", "k8v4"]
 Model = Annotated[str, typer.Option(help="Folder with a config.json; weights are not needed.")]
 Shapes = Annotated[list[str], typer.Option(help="BATCHxCONTEXT; once for each.")]
 Contenders = Annotated[list[str], typer.Option(help="Preset to measure; once for each.")]
-
 Engines = Annotated[
     list[str], typer.Option(help="Engine: stock, stock-fp8 or a preset; once for each.")
 ]
+KvGib = Annotated[float, typer.Option(help="Memory of the KV cache, GiB.")]
 
 app = typer.Typer(
     help="Speed and capacity on a GPU, against vLLM's own kernels and caches.",
@@ -80,7 +83,7 @@ def kernels(
 def engine(
     model: Model = str(MODEL),
     preset: Engines = ENGINES,
-    kv_gib: Annotated[float, typer.Option(help="Memory of the KV cache, GiB.")] = 10,
+    kv_gib: KvGib = 10,
     max_model_len: MaxModelLen = 32768,
     seed: Seed = 0,
     output: Output = RECORDS,
@@ -88,10 +91,36 @@ def engine(
     """Tokens that fit, tokens per second and time to the first token of whole engines."""
     _need_gpu()
     from vllm_kvpca.evaluation import engine_bench
-    from vllm_kvpca.evaluation.engine import EngineSettings
-    from vllm_kvpca.evaluation.record import make_record
 
-    settings = EngineSettings(
+    settings = _engine_settings(model, kv_gib, max_model_len, seed)
+    for measured in engine_bench.run(settings, preset):
+        results = engine_bench.compare(measured)
+        _write_engines("engine", settings, results, output)
+
+
+@app.command("memory-limited")
+def memory_limited(
+    model: Model = str(MODEL),
+    preset: Engines = ENGINES,
+    kv_gib: KvGib = 10,
+    max_model_len: MaxModelLen = 32768,
+    seed: Seed = 0,
+    output: Output = RECORDS,
+) -> None:
+    """Output tokens per second while far more requests wait than fit the KV cache."""
+    _need_gpu()
+    from vllm_kvpca.evaluation import engine_bench
+
+    settings = _engine_settings(model, kv_gib, max_model_len, seed)
+    for measured in engine_bench.run(settings, preset, engine_bench.measure_memory_short):
+        results = engine_bench.compare_memory_short(measured)
+        _write_engines("memory-limited", settings, results, output)
+
+
+def _engine_settings(model: str, kv_gib: float, max_model_len: int, seed: int) -> EngineSettings:
+    from vllm_kvpca.evaluation.engine import EngineSettings
+
+    return EngineSettings(
         model=model,
         max_model_len=max_model_len,
         max_num_seqs=256,
@@ -100,9 +129,16 @@ def engine(
         eager=False,
         seed=seed,
     )
-    results = engine_bench.run(settings, preset)
+
+
+def _write_engines(
+    kind: str, settings: EngineSettings, results: dict[str, Any], output: Path
+) -> None:
+    """After each engine anew, so that a run that is cut short leaves a record of the others."""
+    from vllm_kvpca.evaluation.record import make_record
+
     chosen = settings.model_dump(exclude={"model", "seed", "preset"})
-    record = make_record("engine", ["bench"], model, chosen, results, seed=seed)
+    record = make_record(kind, ["bench"], settings.model, chosen, results, seed=settings.seed)
     path = record.write(output)
     console = Console(soft_wrap=True, highlight=False)
     console.print_json(data=results["against_stock"])

@@ -2,13 +2,15 @@
 
 Weights are random (`load_format dummy`): speed and capacity do not depend on them. Each engine
 runs in a process of its own and goes through all loads; stock with bf16 and with fp8 K and V are
-measured beside the presets.
+measured beside the presets. The memory-limited load is a measurement of its own (`memory_short`):
+both together take longer than many a borrowed GPU is at hand.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from statistics import median
 from typing import Any
@@ -58,24 +60,42 @@ def measure(settings: EngineSettings) -> dict[str, Any]:
     return engine.in_process(_measure, settings)
 
 
+def measure_memory_short(settings: EngineSettings) -> dict[str, Any]:
+    """Output tokens per second while more requests wait than fit."""
+    return engine.in_process(_measure_memory_short, settings)
+
+
 def _measure(settings: EngineSettings) -> dict[str, Any]:
-    llm = engine.start(settings, in_core=False, **DUMMY)
-    vocabulary = llm.llm_engine.vllm_config.model_config.get_vocab_size()
-    try:
-        _generate(llm, vocabulary, Load("warm-up", 8, 600, 32))
-        results: dict[str, Any] = {
-            "tokens": llm.llm_engine.vllm_config.cache_config.kv_cache_size_tokens,
-            "loads": [
-                *(_load(llm, vocabulary, load) for load in LOADS),
-                _memory_limited(llm, vocabulary, MEMORY_LIMITED),
-            ],
+    with _warm(settings) as (llm, vocabulary):
+        return {
+            "tokens": _tokens_that_fit(llm),
+            "loads": [_load(llm, vocabulary, load) for load in LOADS],
             "first_token_milliseconds": {
                 str(length): _first_token(llm, vocabulary, length) for length in PROMPTS
             },
         }
+
+
+def _measure_memory_short(settings: EngineSettings) -> dict[str, Any]:
+    with _warm(settings) as (llm, vocabulary):
+        tokens = _tokens_that_fit(llm)
+        return {"tokens": tokens, **_memory_limited(llm, vocabulary, MEMORY_LIMITED)}
+
+
+@contextmanager
+def _warm(settings: EngineSettings) -> Iterator[tuple[Any, int]]:
+    """An engine that has answered a few requests, and its vocabulary's size."""
+    llm = engine.start(settings, in_core=False, **DUMMY)
+    vocabulary = llm.llm_engine.vllm_config.model_config.get_vocab_size()
+    try:
+        _generate(llm, vocabulary, Load("warm-up", 8, 600, 32))
+        yield llm, vocabulary
     finally:
         engine.stop(llm)
-    return results
+
+
+def _tokens_that_fit(llm: Any) -> int:
+    return int(llm.llm_engine.vllm_config.cache_config.kv_cache_size_tokens)
 
 
 def _generate(llm: Any, vocabulary: int, load: Load) -> float:
@@ -169,11 +189,19 @@ def compare(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def compare_memory_short(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The same for the memory-limited load."""
+    stock = results[STOCK]["tokens_per_second"]
+    against = {name: other["tokens_per_second"] / stock for name, other in results.items()}
+    return {"engines": results, "against_stock": against}
+
+
 def _ratios(stock: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    loads = {
-        theirs["name"]: theirs["tokens_per_second"] / ours["tokens_per_second"]
-        for ours, theirs in zip(stock["loads"], other["loads"], strict=True)
-    }
+    speeds, others = (
+        {load["name"]: load["tokens_per_second"] for load in results["loads"]}
+        for results in (stock, other)
+    )
+    loads = {name: others[name] / speed for name, speed in speeds.items()}
     ours_ms, theirs_ms = (x["first_token_milliseconds"] for x in (stock, other))
     return {
         "tokens": other["tokens"] / stock["tokens"],
@@ -182,15 +210,23 @@ def _ratios(stock: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def run(settings: EngineSettings, names: Sequence[str]) -> dict[str, Any]:
-    """Every engine in turn: stock, stock-fp8, and presets by name."""
+def run(
+    settings: EngineSettings,
+    names: Sequence[str],
+    one: Callable[[EngineSettings], dict[str, Any]] = measure,
+) -> Iterator[dict[str, dict[str, Any]]]:
+    """What `one` measures of stock, stock-fp8 and presets: after each engine, all results so far.
+
+    Args:
+        names: stock comes first, whatever their order.
+    """
     results: dict[str, dict[str, Any]] = {}
-    for name in names:
+    for name in dict.fromkeys([STOCK, *names]):
         chosen = _settings(settings, name)
         begin = time.monotonic()
-        results[name] = measure(chosen)
+        results[name] = one(chosen)
         print(f"{name}: {time.monotonic() - begin:.0f} s, {results[name]}", flush=True)
-    return compare(results)
+        yield results
 
 
 def _settings(settings: EngineSettings, name: str) -> EngineSettings:
