@@ -233,18 +233,35 @@ def test_bytes_agree_with_the_usage_vllm_reports(scrapes: list[Scrape]):
     assert agree(scrapes, agrees)
 
 
-def test_tokens_of_one_sequence_follow_the_policy(one: list[Scrape]):
+def stages(scrapes: list[Scrape]) -> set[int]:
+    """Boundaries seen while one sequence ran; every reading must follow the policy."""
+
     def follows(scrape: Scrape) -> bool:
         cache = Cache.of(scrape)
         length = int(cache.raw_tokens + cache.archived_tokens)
         return cache.archived_tokens == POLICY.boundary(length)
 
-    assert agree(one, follows)
-    lengths = [int(c.raw_tokens + c.archived_tokens) for c in map(Cache.of, filter(follows, one))]
+    assert agree(scrapes, follows)
+    caches = map(Cache.of, filter(follows, scrapes))
+    lengths = [int(c.raw_tokens + c.archived_tokens) for c in caches]
     lengths = [length for length in lengths if length]
     assert lengths == sorted(lengths)
-    # However slow the machine, at least one reading of the longest stages.
-    assert {0, 160, 240} <= {POLICY.boundary(n) for n in lengths} <= {0, 80, 160, 240, 320}
+    return {POLICY.boundary(n) for n in lengths}
+
+
+def test_tokens_of_one_sequence_follow_the_policy(
+    server: Server, one: list[Scrape], several: list[Scrape]
+):
+    """`several` comes first, because what it counts would else include the requests sent here."""
+    seen = stages(one)
+    # The longest stages last 80 steps; on a busy machine none of the scrapes may hit one.
+    for attempt in range(20, 25):
+        if seen >= {0, 160, 240}:
+            break
+        with sampling(server) as again:
+            generate(server, prompt(200, first=attempt), 270)
+        seen |= stages(again)
+    assert {0, 160, 240} <= seen <= {0, 80, 160, 240, 320}
 
 
 def test_one_sequence_holds_the_blocks_its_tokens_need(one: list[Scrape]):
