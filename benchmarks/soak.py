@@ -40,7 +40,7 @@ from e2e.server import API_KEY, COMPRESSED, NAME, POLICY, Scrape, Server, serve
 from vllm_kvpca.cli.demo_model import ModelName, ensure
 from vllm_kvpca.evaluation.record import make_record
 
-CLIENTS, BLOCKS, SEED = 32, 320, 0
+CLIENTS, BLOCKS, SEED = 32, 200, 0
 PROMPT, ANSWER = (16, 1500), (8, 160)
 """Shortest and longest prompt and answer, tokens; lengths in between are log-uniform."""
 KINDS = {"streamed": 45, "whole": 25, "disconnected": 20, "cancelled": 10}
@@ -122,7 +122,8 @@ async def client(number: int, server: Server, until: float, outcome: Outcome) ->
             prompt = dice.choice(prompts) if dice.random() < 0.3 else prompts[-1]
             kind = dice.choices(list(KINDS), list(KINDS.values()))[0]
             try:
-                outcome.tokens += await request(api, dice, prompt, kind)
+                tokens = await request(api, dice, prompt, kind)
+                outcome.tokens += tokens
                 outcome.requests[kind] += 1
             except (APIStatusError, APIConnectionError, httpx.HTTPError, ValueError) as error:
                 outcome.errors.append(f"{kind}: {type(error).__name__}: {error}")
