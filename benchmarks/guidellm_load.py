@@ -24,14 +24,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from e2e.server import free_port
 
 from vllm_kvpca.cli.demo_model import ModelName, ensure
 from vllm_kvpca.evaluation.record import make_record
 
+DEMO = Path(__file__).parents[1] / "deploy" / "local" / "demo.sh"
 NAME = "SmolLM2-135M-Instruct"  # as make demo serves it
 REQUESTS, CLIENTS, PROMPT, ANSWER, SEED = 24, 8, 900, 64, 0
 START_SECONDS = 300
@@ -44,7 +44,7 @@ def demo(preset: str, folder: Path) -> Iterator[str]:
     environment = {**os.environ, "PORT": str(port), "PRESET": preset}
     with (folder / "demo.log").open("wb") as log:
         process = subprocess.Popen(
-            [ROOT / "deploy" / "local" / "demo.sh"],
+            [DEMO],
             env=environment,
             stdout=log,
             stderr=subprocess.STDOUT,
