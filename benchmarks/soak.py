@@ -36,6 +36,7 @@ from openai import APIConnectionError, APIStatusError, APITimeoutError, AsyncOpe
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from e2e.server import API_KEY, COMPRESSED, NAME, POLICY, Scrape, Server, serve
+from e2e.truth import contradictions, counters, fallen, held
 
 from vllm_kvpca.cli.demo_model import ModelName, ensure
 from vllm_kvpca.evaluation.record import make_record
@@ -130,35 +131,6 @@ async def client(number: int, server: Server, until: float, outcome: Outcome) ->
                 await asyncio.sleep(1)
 
 
-def contradictions(scrape: Scrape) -> list[str]:
-    """What is wrong in one reading; a torn one, between two gauges of a step, may be."""
-    (labels,) = scrape.samples["vllm:cache_config_info"]
-    blocks = int(dict(labels)["num_gpu_blocks"]) - 1
-    states = {s: scrape.value("kvpca_kv_cache_bytes", state=s) for s in ("raw", "archived", "free")}
-    page = sum(states.values()) / blocks
-    used = scrape.value("vllm:kv_cache_usage_perc") * blocks * page
-    sequences = sum(scrape.value("kvpca_sequences", state=s) for s in ("raw", "archived"))
-    running = scrape.value("vllm:num_requests_running")
-    wrong = []
-    if page != round(page) or any(size % page for size in states.values()):
-        wrong.append(f"raw, archived and free are not the whole pool: {states}")
-    if abs(states["raw"] + states["archived"] - used) > 1:
-        wrong.append(f"{states} but vLLM says {used} bytes are used")
-    if sequences != running:
-        wrong.append(f"{sequences} sequences but vLLM runs {running}")
-    return wrong
-
-
-def counters(scrape: Scrape) -> dict[tuple[str, Any], float]:
-    """Every series of ours that may only grow."""
-    return {
-        (name, labels): value
-        for name, samples in scrape.samples.items()
-        if name.startswith("kvpca_") and name.endswith(("_total", "_bucket", "_count", "_sum"))
-        for labels, value in samples.items()
-    }
-
-
 async def watch(server: Server, until: float, outcome: Outcome) -> None:
     """Read metrics and memory until the end; a reading that is torn is taken again at once."""
     began, before = time.monotonic(), {}
@@ -169,9 +141,7 @@ async def watch(server: Server, until: float, outcome: Outcome) -> None:
                 scrape = Scrape((await http.get(f"{server.url}/metrics")).text)
                 outcome.scrapes += 1
                 wrong = contradictions(scrape)
-                now = counters(scrape)
-                fell = [key for key, value in before.items() if now.get(key, 0) < value]
-                outcome.errors += [f"counter {key} fell" for key in fell]
+                outcome.errors += fallen(before, now := counters(scrape))
                 before = now
                 if not wrong:
                     break
@@ -218,10 +188,8 @@ def check_end(server: Server, outcome: Outcome) -> Scrape:
     """Everything given back, and nothing in the log that should worry anyone."""
     scrape = server.wait_until_idle(120)
     outcome.errors += contradictions(scrape)
-    for name in ("kvpca_kv_cache_tokens", "kvpca_sequences"):
-        for state in ("raw", "archived"):
-            if scrape.value(name, state=state):
-                outcome.errors.append(f"{name} {state} is not 0 at the end")
+    if held(scrape):
+        outcome.errors.append("bytes, tokens or sequences are not 0 at the end")
     if server.process.poll() is not None or not server.is_healthy():
         outcome.errors.append("the server is not healthy at the end")
     lines = server.log.read_text(errors="replace").splitlines()
