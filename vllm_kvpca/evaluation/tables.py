@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_kvpca.errors import OptionsError
+from vllm_kvpca.evaluation import operation_tables as operation
 from vllm_kvpca.evaluation.engine import STOCK
 from vllm_kvpca.evaluation.record import Record
 
@@ -50,7 +51,14 @@ def table(kind: str, records: Sequence[Record]) -> str:
 
 
 def _command(kind: str) -> str:
-    scripts = {"load": "serve_load", "metrics-overhead": "metrics_overhead"}
+    if kind == "layouts":
+        return "make test-layouts"
+    scripts = {
+        "load": "serve_load",
+        "guidellm": "guidellm_load",
+        "metrics-overhead": "metrics_overhead",
+        "soak": "soak",
+    }
     if kind in scripts:
         return f"python benchmarks/{scripts[kind]}.py"
     return f"vllm-kvpca {'bench' if kind in _BENCHES else 'evaluate'} {kind}"
@@ -234,6 +242,16 @@ def _memory_limited(record: Record) -> list[list[str]]:
     return rows
 
 
+_LOAD_HEADS = [
+    "server",
+    "requests answered",
+    "failed",
+    "output tokens/s",
+    "first token, median ms",
+    "p99",
+    "between tokens, median ms",
+    "p99",
+]
 _PRESET = ["preset", "raw / archived bytes of K and V (of V alone)"]
 _Rows = Callable[[Record], list[list[str]]]
 _Heads = list[str] | Callable[[Record], list[str]]
@@ -277,6 +295,8 @@ _TABLES: dict[str, tuple[_Heads, _Rows]] = {
         ],
         _one(_throughput),
     ),
+    "soak": (operation.SOAK_HEADS, operation.soak),
+    "layouts": (operation.LAYOUT_HEADS, operation.layouts),
     "metrics-overhead": (
         [
             "sequences that decode",
@@ -288,19 +308,8 @@ _TABLES: dict[str, tuple[_Heads, _Rows]] = {
         ],
         _one(_metrics_overhead),
     ),
-    "load": (
-        [
-            "server",
-            "requests answered",
-            "failed",
-            "output tokens/s",
-            "first token, median ms",
-            "p99",
-            "between tokens, median ms",
-            "p99",
-        ],
-        _load,
-    ),
+    "load": (_LOAD_HEADS, _load),
+    "guidellm": (_LOAD_HEADS, _load),
     "kernels": (_kernel_heads, _kernels),
     "engine": (
         [

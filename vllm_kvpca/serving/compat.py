@@ -32,6 +32,7 @@ def apply() -> None:
         allow_backend_on_cpu,
         carry_cache_stats,
         send_first_stats,
+        fetch_archive_times,
         add_status_method,
         add_stat_logger,
     ):
@@ -242,11 +243,6 @@ def send_first_stats() -> None:
     def run_busy_loop(original: Any) -> Any:
         def wrapper(self: Any) -> Any:
             if KEY in (self.vllm_config.additional_config or {}):
-                from vllm_kvpca.serving.archive_time import SampleFetcher
-                from vllm_kvpca.serving.cache_stats import Sent
-
-                if self.log_stats:
-                    Sent.of(self.scheduler).samples = SampleFetcher(self.model_executor)
                 stats = self.scheduler.make_stats()
                 if stats is not None:
                     self.output_queue.put_nowait((0, EngineCoreOutputs(scheduler_stats=stats)))
@@ -256,6 +252,27 @@ def send_first_stats() -> None:
 
     for owner in (EngineCoreProc, DPEngineCoreProc):
         _wrap_once(owner, "run_busy_loop", run_busy_loop)
+
+
+# -- archive times: waits for a place where a scheduler may ask the workers -----------------
+
+
+def fetch_archive_times() -> None:
+    """Every engine that keeps statistics asks its workers now and then how long archiving took."""
+    from vllm.v1.engine.core import EngineCore
+
+    def init(original: Any) -> Any:
+        def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
+            original(self, *args, **kwargs)
+            if self.log_stats and KEY in (self.vllm_config.additional_config or {}):
+                from vllm_kvpca.serving.archive_time import SampleFetcher
+                from vllm_kvpca.serving.cache_stats import Sent
+
+                Sent.of(self.scheduler).samples = SampleFetcher(self.model_executor)
+
+        return wrapper
+
+    _wrap_once(EngineCore, "__init__", init)
 
 
 # -- status: waits for a way to ask the scheduler, and not only workers, from a route -----
