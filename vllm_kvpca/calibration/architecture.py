@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vllm_kvpca.calibration.card import MEASURED_ROW, NOT_MEASURED
+from vllm_kvpca.calibration.card import MEASURED_ROW
 from vllm_kvpca.pages import ArchiveLayout, raw_token_bytes
 from vllm_kvpca.preset.formats import DEFAULT, DEFAULT_WITH_KEY_BIAS, FORMATS, RECOMMENDED
+from vllm_kvpca.preset.measured import NOT_MEASURED
 from vllm_kvpca.preset.schema import ModelShape, PresetConfig
 
 _BIASED = """\
