@@ -90,7 +90,7 @@ def format_layout(name: str, head_dim: int) -> ArchiveLayout:
     Raises:
         OptionsError: no such format.
     """
-    known = {**FORMATS, **CALIBRATED_FORMATS}
+    known: dict[str, Any] = {**FORMATS, **CALIBRATED_FORMATS}
     if name not in known:
         raise OptionsError(f"there is no format {name!r}; known: {', '.join(known)}.")
     k, v = known[name].k.resolve(head_dim), known[name].v.resolve(head_dim)
