@@ -105,7 +105,7 @@ def test_a_model_that_is_none(text_file: Path, tmp_path: Path):
     assert "cannot be loaded" in result.stderr and "--model" in result.stderr
 
 
-@pytest.mark.parametrize("name", ["calibrate", "presets"])
+@pytest.mark.parametrize("name", ["api-docs", "calibrate", "plot", "presets"])
 def test_help_imports_no_torch(name: str):
     code = (
         "import sys\nfrom vllm_kvpca.cli.main import app\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator
@@ -116,12 +117,12 @@ def _texts(files: list[Path], datasets: list[str], tokens: int) -> list[Path]:
         raise OptionsError("calibrating needs text: give --text FILES or --dataset NAME.")
     if not datasets:
         return files
-    from platformdirs import user_cache_path
+    from platformdirs import user_cache_dir
 
     from vllm_kvpca.calibration.dataset import DatasetName, fetch
 
     names = [DatasetName.parse(one) for one in datasets]
-    folder = user_cache_path("vllm-kvpca") / "texts"
+    folder = Path(os.environ.get("KVPCA_CACHE_DIR") or user_cache_dir("vllm-kvpca")) / "texts"
     return [*files, *(fetch(one, tokens, folder) for one in names)]
 
 
