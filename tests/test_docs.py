@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 import vllm_kvpca
 from vllm_kvpca import errors
+from vllm_kvpca.cli import tables
 from vllm_kvpca.cli.api_docs import ENVIRONMENT
 from vllm_kvpca.cli.main import app
 
@@ -50,6 +51,13 @@ def test_images_are_small():
 
 def test_the_reference_is_fresh():
     result = CliRunner().invoke(app, ["api-docs", "--output", str(API), "--check"])
+    assert result.exit_code == 0, result.stderr
+
+
+def test_tables_are_those_of_the_records():
+    pages = [str(ROOT / page) for page in tables.FILES]
+    records = str(ROOT / "benchmarks" / "records")
+    result = CliRunner().invoke(app, ["tables", *pages, "--records", records, "--check"])
     assert result.exit_code == 0, result.stderr
 
 

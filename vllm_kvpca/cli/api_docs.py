@@ -105,7 +105,8 @@ def _errors() -> Iterator[str]:
 
 def _tree(error: type, depth: int) -> Iterator[str]:
     yield f"{'  ' * depth}- `{error.__name__}`: {inspect.getdoc(error)}"
-    for below in error.__subclasses__():
+    subclasses: list[type] = error.__subclasses__()
+    for below in subclasses:
         if below.__module__ == KvpcaError.__module__:
             yield from _tree(below, depth + 1)
 
