@@ -40,7 +40,7 @@ def quality(preset: str, ratio: float, change: float, model: str, after: int = 0
         "dtype": "float16",
         "perplexity_change": change,
         "perplexity_change_ci95": [change - 0.001, change + 0.001],
-        "perplexity_stock": 10.0,
+        "predicted_tokens": 1000,
         "perplexity": 10.0 * (1 + change),
     }
     return record("quality", f"{model}-{preset}-{after}".lower(), settings, results, model)
@@ -128,7 +128,7 @@ def test_points_are_the_hardest_case_and_name_the_peers():
 def test_perplexities_of_different_texts_are_not_mixed():
     same = [quality("a", 2.0, 0.01, "M"), quality("b", 2.0, 0.01, "M")]
     other = quality("c", 2.0, 0.01, "M")
-    other = other.model_copy(update={"results": {**other.results, "perplexity_stock": 9.0}})
+    other = other.model_copy(update={"results": {**other.results, "predicted_tokens": 2000}})
     assert same_text([other, *same]) == same
 
 

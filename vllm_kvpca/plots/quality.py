@@ -92,18 +92,25 @@ def draw_frontier(records: Sequence[Record], theme: Theme) -> Any:
 
 
 def _name(axes: Any, chosen: Sequence[Point], theme: Theme) -> None:
-    """Names beside the points; where points lie close, above and below in turn."""
-    for index, point in enumerate(chosen):
-        above = index % 2 == 0
-        axes.annotate(
-            point.name,
-            (point.ratio, point.loss),
-            xytext=(6, 5 if above else -5),
-            textcoords="offset points",
-            va="bottom" if above else "top",
-            fontsize=8,
-            color=theme.ink,
-        )
+    for point in chosen:
+        _label(axes, point, point.name, point.loss, _lower(point, chosen), theme)
+
+
+def _lower(point: Point, others: Sequence[Point]) -> bool:
+    """Whether another point of about the same ratio lies above: then the name goes below."""
+    return any(abs(o.ratio - point.ratio) < 0.3 and o.loss > point.loss for o in others)
+
+
+def _label(axes: Any, point: Point, text: str, y: float, below: bool, theme: Theme) -> None:
+    axes.annotate(
+        text,
+        (point.ratio, y),
+        xytext=(6, -5 if below else 5),
+        textcoords="offset points",
+        va="top" if below else "bottom",
+        fontsize=8,
+        color=theme.ink,
+    )
 
 
 def _loss_axis(axes: Any, theme: Theme) -> None:
@@ -131,14 +138,14 @@ def draw_models(records: Sequence[Record], theme: Theme) -> Any:
 
 
 def same_text(records: Sequence[Record]) -> list[Record]:
-    """The largest set of records whose stock perplexity is the same: others read another text,
-    and perplexities of different texts do not compare."""
-    by_stock: dict[float, list[Record]] = {}
+    """The largest set of records that read the same tokens: perplexities of different texts do
+    not compare."""
+    by_text: dict[Any, list[Record]] = {}
     for record in records:
-        results: Any = record.results
         if _hardest(record):
-            by_stock.setdefault(round(results["perplexity_stock"], 3), []).append(record)
-    return max(by_stock.values(), key=lambda chosen: (len(chosen), chosen[0].date))
+            names = tuple(text.sha256 for text in record.texts)
+            by_text.setdefault((names, record.results["predicted_tokens"]), []).append(record)
+    return max(by_text.values(), key=lambda chosen: (len(chosen), chosen[0].date))
 
 
 def _one_model(axes: Any, found: Sequence[Point], theme: Theme) -> None:
@@ -146,20 +153,12 @@ def _one_model(axes: Any, found: Sequence[Point], theme: Theme) -> None:
     top = stock * (1 + 1.5 * max((p.loss for p in found if p.loss < _OFF), default=1) / 100)
     axes.axhline(stock, color=theme.ink, lw=1, ls="--")
     axes.text(1.02, stock, f"stock: {stock:.3f}", va="bottom", fontsize=8.5, color=theme.ink)
-    for index, point in enumerate(found):
+    for point in found:
         off = point.loss >= _OFF
         y = top - (top - stock) / 20 if off else point.perplexity
         axes.scatter(point.ratio, y, 46, color=theme.cycle[0], marker="^" if off else "o", zorder=3)
-        below = off or index % 2
-        axes.annotate(
-            f"{point.name}: {point.perplexity:.3f}",
-            (point.ratio, y),
-            xytext=(7, -6 if below else 6),
-            textcoords="offset points",
-            va="top" if below else "bottom",
-            fontsize=8.5,
-            color=theme.ink,
-        )
+        text = f"{point.name}: {point.perplexity:.3f}"
+        _label(axes, point, text, y, off or _lower(point, found), theme)
     axes.set_ylim(stock - (top - stock) / 8, top)
     axes.set_xlim(1, max(p.ratio for p in found) * 1.18)
     axes.set_xlabel("raw bytes / archived bytes of K and V, scales included")
