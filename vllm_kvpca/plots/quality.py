@@ -97,8 +97,9 @@ def _name(axes: Any, chosen: Sequence[Point], theme: Theme) -> None:
 
 
 def _lower(point: Point, others: Sequence[Point]) -> bool:
-    """Whether another point of about the same ratio lies above: then the name goes below."""
-    return any(abs(o.ratio - point.ratio) < 0.3 and o.loss > point.loss for o in others)
+    """Whether a point close by lies above: then the name goes below."""
+    near = [o for o in others if abs(o.ratio - point.ratio) < 0.3]
+    return any(point.loss < o.loss < 3 * point.loss + 0.1 for o in near)
 
 
 def _label(axes: Any, point: Point, text: str, y: float, below: bool, theme: Theme) -> None:
