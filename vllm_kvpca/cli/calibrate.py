@@ -61,8 +61,7 @@ def calibrate(
         Path | None, typer.Option(help="Folder of the record; by default the preset's own.")
     ] = None,
 ) -> None:
-    """Fit the bases of a format to a model, write a preset folder, and report how K and V are
-    spread. A run that was cut off goes on where it was when the same command is given again."""
+    """Fit the bases of a format to a model and write a preset folder."""
     from vllm_kvpca.calibration import text as texts
     from vllm_kvpca.calibration.card import Source, write_card
     from vllm_kvpca.calibration.collect import attention_shape
@@ -97,18 +96,19 @@ def calibrate(
     )
     # K and V both, whatever the format needs: the report shows what another format would gain.
     which = sorted({*wanted(config), "k", "v"})
-    moments = _moments(console, network, shape, which, tokenizer, files, source, output, model)
-    source = replace(source, tokens=moments.tokens)
-    needed = moments.only(wanted(config))
-    bases = fit_bases(needed, config)
-    card = write_card(config, source, band_energy(needed, bases, config))
-    save_preset(output, config, bases, card)
-    rows = spread(moments, shape.layers)
-    path = _write_record(records or output, model, config, source, files, rows)
+    every = _moments(console, network, shape, which, tokenizer, files, source, output, model)
+    source = replace(source, tokens=every.tokens)
+    moments = every.only(wanted(config))
+    bases = fit_bases(moments, config)
+    save_preset(
+        output, config, bases, write_card(config, source, band_energy(moments, bases, config))
+    )
+    print(output)
     (output / UNFINISHED).unlink(missing_ok=True)
+    rows = spread(every, shape.layers)
+    path = _write_record(records or output, model, config, source, files, rows)
     console.print(spread_table(rows, config.model.name if config.model else model))
     console.print(f"record: {path}", markup=False, highlight=False, soft_wrap=True)
-    print(output)
 
 
 def _texts(files: list[Path], datasets: list[str], tokens: int) -> list[Path]:

@@ -50,11 +50,12 @@ def table(kind: str, records: Sequence[Record]) -> str:
 
 
 def _command(kind: str) -> str:
-    scripts = {"key-bias": "key_bias", "load": "serve_load", "metrics-overhead": "metrics_overhead"}
-    if kind == "calibration":
-        return "vllm-kvpca calibrate"
+    scripts = {"load": "serve_load", "metrics-overhead": "metrics_overhead"}
     if kind in scripts:
         return f"python benchmarks/{scripts[kind]}.py"
+    others = {"calibration": "vllm-kvpca calibrate", "key-bias": "python benchmarks/key_bias.py"}
+    if kind in others:
+        return others[kind]
     return f"vllm-kvpca {'bench' if kind in _BENCHES else 'evaluate'} {kind}"
 
 
