@@ -12,6 +12,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from vllm_kvpca.preset.formats import AUTO
 from vllm_kvpca.serving.options import (
     DEFAULT_COMPRESS_AFTER,
     DEFAULT_KEEP_RECENT,
@@ -150,7 +151,9 @@ def select_backend() -> None:
                 return original(self, *args, **kwargs)
             served = self.served_model_name
             names = [self.model, *([served] if isinstance(served, str) else served or [])]
-            options = CompressionOptions.parse(values).resolved(names)
+            options = CompressionOptions.parse(values)
+            if options.preset == AUTO:
+                options = options.resolved(names, _text_config(self))
             preset = cached_preset(options.preset)
             self.additional_config = {**self.additional_config, KEY: options.model_dump()}
             _use_our_backend(self.attention_config)
@@ -161,6 +164,25 @@ def select_backend() -> None:
         return wrapper
 
     _wrap_once(EngineArgs, "create_engine_config", create_engine_config)
+
+
+def _text_config(engine_args: Any) -> Any:
+    """The model's configuration, before vLLM reads it; None where it cannot be read: vLLM says
+    why in a moment."""
+    from vllm.transformers_utils.config import get_config
+
+    args = engine_args
+    try:
+        config = get_config(
+            args.hf_config_path or args.model,
+            args.trust_remote_code,
+            args.revision,
+            args.code_revision,
+            args.config_format,
+        )
+    except Exception:
+        return None
+    return config.get_text_config()
 
 
 def _use_our_backend(attention_config: Any) -> None:
