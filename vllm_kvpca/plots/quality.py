@@ -8,12 +8,22 @@ from typing import Any, NamedTuple
 
 from vllm_kvpca.evaluation.record import Record
 from vllm_kvpca.plots.themes import Theme, legend, legend_below, pyplot, style, title
+from vllm_kvpca.preset.formats import CALIBRATED_FORMATS, FORMATS
 
 _LINEAR = 0.1
 """Per cent: below this the axis of losses is linear, so that it can show zero and less."""
 
 _OFF = 5.0
 """Per cent: points that lose more would squeeze all others together."""
+
+
+_OURS = {
+    ("raw", "pca 3/8:8 5/8:4"): "v-mixed",
+    ("raw", "pca 3/4:8 1/4:0"): "v-rank-int8",
+    ("raw", "hadamard 3/8:8 5/8:4"): "v-hadamard-mixed",
+    ("hadamard 1:8", "hadamard 1:4"): "kh8v4",
+}
+"""Formats of ours that the codec study names by what it does to K and V."""
 
 
 class Point(NamedTuple):
@@ -29,20 +39,32 @@ class Point(NamedTuple):
 
 
 def points(records: Sequence[Record]) -> list[Point]:
-    """All formats with every token archived: presets through the engine, options of a study."""
+    """All formats, with every token archived that can be: presets through the engine."""
+    chosen = [r for r in records if r.kind == "quality" and _hardest(r)]
+    found = [_point(_settings(r)["preset"], "preset", r.settings, r.results) for r in chosen]
+    return sorted(found, key=_along)
+
+
+def study_points(record: Record) -> list[Point]:
+    """All options of a codec study; those that are formats of ours count as presets."""
+    results: Any = record.results
     found = []
-    for record in records:
-        settings: Any = record.settings
-        if record.kind == "quality" and _hardest(record):
-            found.append(_point(settings["preset"], "preset", settings, record.results))
-        if record.kind == "codec-study":
-            results: Any = record.results
-            for row in results["rows"]:
-                group = "peers" if row["group"] == "peers" else "study"
-                about = {**row, "perplexity": results["perplexity_stock"]}
-                about["perplexity"] *= 1 + row["perplexity_change"]
-                found.append(_point(row["name"], group, row, about))
-    return sorted(found, key=lambda point: (point.ratio, point.name))
+    for row in results["rows"]:
+        name = _OURS.get((row["k"], row["v"]), row["name"])
+        group = "peers" if row["group"] == "peers" else "study"
+        if name in FORMATS or name in CALIBRATED_FORMATS:
+            group = "preset"
+        perplexity = results["perplexity_stock"] * (1 + row["perplexity_change"])
+        found.append(_point(name, group, row, {**row, "perplexity": perplexity}))
+    return sorted(found, key=_along)
+
+
+def _along(point: Point) -> tuple[float, str]:
+    return point.ratio, point.name
+
+
+def _settings(record: Record) -> Any:
+    return record.settings
 
 
 def _hardest(record: Record) -> bool:
@@ -64,13 +86,16 @@ def _point(name: str, group: str, about: Any, results: Any) -> Point:
 
 
 def draw_frontier(records: Sequence[Record], theme: Theme) -> Any:
-    """Loss over total ratio: presets, peers and all options of the study, of one model."""
+    """Loss over total ratio of one model: all options of the codec study and peers; without a
+    study the presets through the engine. The two are not mixed: the study's tokens attend to
+    themselves as stored, the engine's to the last few raw ones."""
+    studies = [record for record in records if record.kind == "codec-study"]
+    found = study_points(studies[-1]) if studies else points(records)
     figure, axes = pyplot().subplots(figsize=(10, 5), layout="constrained")
-    found = points(records)
     kinds = {
-        "study": ("options of the codec study", theme.cycle[4], "o", 14, 1),
+        "study": ("other options tried", theme.cycle[4], "o", 14, 1),
         "peers": ("peers, emulated on the same text", theme.cycle[1], "D", 34, 3),
-        "preset": ("presets, through the served engine", theme.cycle[0], "o", 46, 4),
+        "preset": ("our formats", theme.cycle[0], "o", 46, 4),
     }
     for group, (label, colour, marker, size, order) in kinds.items():
         chosen = [point for point in found if point.group == group]
@@ -85,32 +110,47 @@ def draw_frontier(records: Sequence[Record], theme: Theme) -> Any:
     _loss_axis(axes, theme)
     axes.set_xlabel("raw bytes / stored bytes of K and V, scales included")
     axes.set_xlim(0.9, max(p.ratio for p in found) * 1.12)
-    title(axes, f"{records[0].model}: compression against quality, every token archived", theme)
+    how = "no token sees a raw one" if studies else "through the engine, newest tokens raw"
+    title(axes, f"{records[0].model}: compression against quality ({how})", theme)
     legend_below(figure, axes, theme)
     style(figure, axes, theme)
     return figure
 
 
 def _name(axes: Any, chosen: Sequence[Point], theme: Theme) -> None:
+    """Names in the colour of their group; points on top of each other share one name."""
+    colours = {"peers": theme.cycle[1], "preset": theme.cycle[0]}
+    places: dict[Point, list[str]] = {}
     for point in chosen:
-        _label(axes, point, point.name, point.loss, _lower(point, chosen), theme)
+        same = (p for p in places if _close(p, point, 0.02, 1.15) and p.group == point.group)
+        places.setdefault(next(same, point), []).append(point.name.removeprefix("vLLM "))
+    for point, names in places.items():
+        colour = colours[point.group]
+        _label(axes, point, ", ".join(names), point.loss, list(places), colour)
 
 
-def _lower(point: Point, others: Sequence[Point]) -> bool:
-    """Whether a point close by lies above: then the name goes below."""
-    near = [o for o in others if abs(o.ratio - point.ratio) < 0.3]
-    return any(point.loss < o.loss < 3 * point.loss + 0.1 for o in near)
+def _close(one: Point, other: Point, ratio: float, factor: float) -> bool:
+    """Whether two points are drawn near each other; `factor` is that of their losses."""
+    low, high = sorted((one.loss, other.loss))
+    return abs(one.ratio - other.ratio) < ratio and high <= factor * low + 0.1 * (factor - 1)
 
 
-def _label(axes: Any, point: Point, text: str, y: float, below: bool, theme: Theme) -> None:
+def _label(
+    axes: Any, point: Point, text: str, y: float, others: Sequence[Point], colour: str
+) -> None:
+    """A name beside a point: below it if one close by is above, left if one is to the right."""
+    near = [o for o in others if _close(o, point, 0.35, 3)]
+    below = any(o.loss > point.loss for o in near)
+    left = point.ratio > 1.5 and any(o.ratio > point.ratio + 0.02 for o in near)
     axes.annotate(
         text,
         (point.ratio, y),
-        xytext=(6, -5 if below else 5),
+        xytext=(-6 if left else 6, -5 if below else 5),
         textcoords="offset points",
+        ha="right" if left else "left",
         va="top" if below else "bottom",
         fontsize=8,
-        color=theme.ink,
+        color=colour,
     )
 
 
@@ -156,10 +196,10 @@ def _one_model(axes: Any, found: Sequence[Point], theme: Theme) -> None:
     axes.text(1.02, stock, f"stock: {stock:.3f}", va="bottom", fontsize=8.5, color=theme.ink)
     for point in found:
         off = point.loss >= _OFF
-        y = top - (top - stock) / 20 if off else point.perplexity
+        y = top - (top - stock) / 10 if off else point.perplexity
         axes.scatter(point.ratio, y, 46, color=theme.cycle[0], marker="^" if off else "o", zorder=3)
         text = f"{point.name}: {point.perplexity:.3f}"
-        _label(axes, point, text, y, off or _lower(point, found), theme)
+        _label(axes, point, text, y, found, theme.ink)
     axes.set_ylim(stock - (top - stock) / 8, top)
     axes.set_xlim(1, max(p.ratio for p in found) * 1.18)
     axes.set_xlabel("raw bytes / archived bytes of K and V, scales included")
@@ -203,7 +243,7 @@ def by_format(records: Sequence[Record]) -> dict[str, list[tuple[float, Point]]]
     for model, chosen in by_model(records).items():
         millions = size(model)
         for point in points(chosen) if millions else []:
-            if point.group == "preset" and millions:
+            if millions:
                 found.setdefault(point.name, []).append((millions, point))
     return {name: rows for name, rows in found.items() if len(rows) > 1}
 
