@@ -173,7 +173,7 @@ def draw_models(records: Sequence[Record], theme: Theme) -> Any:
     )
     for axes, (model, chosen) in zip(grid.flat, models.items(), strict=True):
         _one_model(axes, points(same_text(chosen)), theme)
-        title(axes, f"{model}, every token archived", theme)
+        title(axes, f"{model}, through the engine, newest tokens raw", theme)
         style(figure, axes, theme)
     return figure
 
@@ -219,7 +219,7 @@ def draw_sizes(records: Sequence[Record], theme: Theme) -> Any:
         y = [p.loss for _, p in found]
         right.errorbar(x, y, bars, fmt="o-", color=colour, label=name, elinewidth=1)
     title(left, "Raw / archived bytes of K and V", theme)
-    title(right, "Perplexity against stock, every token archived", theme)
+    title(right, "Perplexity against stock, through the engine", theme)
     _loss_axis(right, theme)
     for axes in (left, right):
         axes.set_xscale("log")
