@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vllm_kvpca.errors import OptionsError
-from vllm_kvpca.evaluation import block_life, capacity, identity, load, quality, runs
+from vllm_kvpca.evaluation import block_life, capacity, comparison, identity, load, quality, reading
 from vllm_kvpca.evaluation.identity import Answer
 
 
@@ -59,7 +59,7 @@ def test_quality_sees_a_difference():
 
 
 def test_quality_settings_move_all_windows_together():
-    settings = quality.settings_for("m", [[0] * 100] * 5, 16, "k8v4", (0, 0))
+    settings = reading.settings_for("m", [[0] * 100] * 5, 16, "k8v4", (0, 0))
     assert settings.max_num_seqs == 5
     assert settings.max_num_batched_tokens == 80
     assert settings.chunk == 16
@@ -99,7 +99,7 @@ def test_block_life_in_mib():
 
 
 def test_thresholds():
-    assert runs.parse_thresholds("512:256") == (512, 256)
+    assert comparison.parse_thresholds("512:256") == (512, 256)
     for wrong in ("512", "a:b", "1:-1", ""):
         with pytest.raises(OptionsError, match="AFTER:RECENT"):
-            runs.parse_thresholds(wrong)
+            comparison.parse_thresholds(wrong)
