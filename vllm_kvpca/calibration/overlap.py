@@ -77,7 +77,7 @@ def of_files(files: Sequence[Path]) -> CalibrationTexts:
 
 def save(folder: Path, files: Sequence[Path]) -> None:
     """Write `calibration.json` of texts into a preset's folder."""
-    (folder / TEXTS_FILE).write_text(of_files(files).model_dump_json(indent=0) + "\n")
+    (folder / TEXTS_FILE).write_text(of_files(files).model_dump_json() + "\n")
 
 
 def load(folder: Path) -> CalibrationTexts | None:

@@ -84,9 +84,10 @@ def _read(
     for settings in (todo[0].model_copy(update={"preset": STOCK}), *todo):
         read = reading.read(settings, [prompt.tokens for prompt in prompts], top=1)
         logprobs = (values[:, 0] for values in read.logprobs)
+        likeliest = (values[:, 0] == values[:, 1] for values in read.ids)
         scores = [
             needle.score(*parts, read.policy)
-            for parts in zip(prompts, logprobs, read.ranks, read.chunks, strict=True)
+            for parts in zip(prompts, logprobs, likeliest, read.chunks, strict=True)
         ]
         align = read.policy.align if read.policy else 0
         yield scores, {"boundary_step_tokens": align, "dtype": read.dtype}

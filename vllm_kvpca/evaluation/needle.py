@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from vllm_kvpca.codec.policy import Policy
 from vllm_kvpca.errors import OptionsError
@@ -223,21 +224,22 @@ def _check_room(room: int, length: int) -> None:
 def score(
     prompt: Prompt,
     logprobs: measures.Floats,
-    ranks: measures.Ints,
+    likeliest: NDArray[np.bool_],
     chunks: Sequence[int],
     policy: Policy | None,
 ) -> Score:
     """What one reading of a prompt says about its answers.
 
     Args:
-        logprobs, ranks: (tokens - 1,) of each token after the first.
+        logprobs, likeliest: (tokens - 1,) of each token after the first, its log-probability and
+            whether none was likelier.
         chunks: tokens computed by each step.
         policy: None where nothing is archived.
     """
     by_depth = sorted(prompt.questions, key=lambda question: question.depth)
     answers = [slice(q.answer[0] - 1, q.answer[1] - 1) for q in by_depth]
     return Score(
-        right=np.array([np.mean(ranks[a] == 1) for a in answers]),
+        right=np.array([np.mean(likeliest[a]) for a in answers]),
         logprob=np.array([np.mean(logprobs[a]) for a in answers]),
         archived=np.array([_archived(q, chunks, policy) for q in by_depth]),
     )

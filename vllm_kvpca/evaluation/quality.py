@@ -16,6 +16,7 @@ import numpy as np
 from vllm_kvpca.codec.policy import Policy
 from vllm_kvpca.evaluation import measures, reading
 from vllm_kvpca.evaluation.engine import EngineSettings
+from vllm_kvpca.evaluation.record import Record
 
 TOP = 20
 """Stock's likeliest tokens that the KL divergence is taken over, with one bucket for the rest."""
@@ -95,3 +96,27 @@ def compare(stock: Scores, other: Scores, seed: int) -> dict[str, Any]:
         "boundary_step_tokens": other.align,
         "dtype": other.dtype,
     }
+
+
+def put_beside(record: Record, others: Sequence[Record]) -> Record:
+    """The record with "engine": what one of `others` says of the same preset, thresholds, dtype
+    and windows, or None."""
+    found = next((other for other in others if _measured(other) == _measured(record)), None)
+    names = (
+        "perplexity_change",
+        "perplexity_change_ci95",
+        "kl_lower_bound_mean_nats",
+        "top1_agreement",
+        "boundary_step_tokens",
+    )
+    beside: dict[str, Any] | None = None
+    if found is not None:
+        beside = {name: found.results[name] for name in names} | {"commit": found.commit}
+    return record.model_copy(update={"results": record.results | {"engine": beside}})
+
+
+def _measured(record: Record) -> tuple[Any, ...]:
+    names = ("preset", "compress_after", "keep_recent", "windows", "window_tokens", "chunk")
+    chosen = [record.settings.get(name) for name in names]
+    texts = sorted(text.sha256 for text in record.texts)
+    return record.model_sha256, record.results["dtype"], chosen, texts

@@ -26,7 +26,6 @@ class Reading:
     Attributes:
         ids, logprobs: of each prompt (tokens - 1, 1 + top): column 0 is the token that came, the
             others are the likeliest, best first; log-probabilities in nats.
-        ranks: of each prompt (tokens - 1,), the rank of the token that came; 1 is the likeliest.
         chunks: of each prompt, the tokens that each step computed.
         policy: with the step of the boundary; None in a stock engine.
         dtype: as resolved by the engine.
@@ -34,7 +33,6 @@ class Reading:
 
     ids: list[measures.Ints]
     logprobs: list[measures.Floats]
-    ranks: list[measures.Ints]
     chunks: list[list[int]]
     policy: Policy | None
     dtype: str
@@ -98,7 +96,6 @@ def _read(settings: EngineSettings, prompts: Sequence[Sequence[int]], top: int) 
     return Reading(
         ids=[np.asarray(f.token_ids, np.int64).reshape(-1, 1 + top) for f in flat],
         logprobs=[np.asarray(f.logprobs, np.float64).reshape(-1, 1 + top) for f in flat],
-        ranks=[np.asarray(f.ranks, np.int64).reshape(-1, 1 + top)[:, 0] for f in flat],
         chunks=chunks,
         policy=engine.policy(llm),
         dtype=str(llm.llm_engine.model_config.dtype).removeprefix("torch."),

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from vllm_kvpca.codec.policy import Policy
 from vllm_kvpca.errors import OptionsError
@@ -205,18 +206,17 @@ def _targets(
     tokens: Sequence[int],
     chunk: int,
     step: Callable[[], None],
-) -> list[tuple[measures.Floats, measures.Ints]]:
-    """Log-probability and rank of each token after the first, for each cache."""
+) -> list[tuple[measures.Floats, NDArray[np.bool_]]]:
+    """Log-probability of each token after the first, and whether none is likelier, per cache."""
     following = torch.tensor(tokens[1:], device=network.device)
-    found: list[tuple[list[float], list[int]]] = [([], []) for _ in makers]
+    found: list[tuple[list[float], list[bool]]] = [([], []) for _ in makers]
     for _, positions, parts in read(network, makers, [tokens], chunk, step):
         target = following[positions][:, None]
-        for (logprobs, ranks), x in zip(found, parts, strict=True):
+        for (logprobs, likeliest), x in zip(found, parts, strict=True):
             x = x[0, : len(target)]
-            own = x.gather(-1, target)
-            logprobs += own[:, 0].tolist()
-            ranks += (1 + (x > own).sum(-1)).tolist()
-    return [(np.array(logprobs), np.array(ranks)) for logprobs, ranks in found]
+            logprobs += x.gather(-1, target)[:, 0].tolist()
+            likeliest += (x.argmax(-1) == target[:, 0]).tolist()
+    return [(np.array(logprobs), np.array(likeliest)) for logprobs, likeliest in found]
 
 
 def _dtype(network: Any) -> str:
