@@ -58,9 +58,14 @@ def test_the_same_measurement_through_the_engine_is_put_beside(make):
         "dtype": "float16",
     }
     engine = make(kind="quality", results=results, windows=5)
-    own = {"perplexity_change": 0.11, "dtype": "float16"}
+    own = {"perplexity_change": 0.11, "dtype": "float32"}
     same = make(kind="quality-transformers", results=own, windows=5)
     other = make(kind="quality-transformers", results=own, windows=6)
-    beside = quality.put_beside(same, [engine]).results["engine"]
-    assert beside["perplexity_change"] == 0.1 and beside["commit"] == COMMIT
+    coarse = engine.model_copy(update={"results": results | {"dtype": "bfloat16"}})
+    beside = quality.put_beside(same, [coarse, engine]).results["engine"]
+    assert (
+        beside["perplexity_change"] == 0.1
+        and beside["dtype"] == "float16"
+        and beside["commit"] == COMMIT
+    )
     assert quality.put_beside(other, [engine]).results["engine"] is None

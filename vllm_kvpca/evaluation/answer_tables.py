@@ -35,7 +35,7 @@ DIVERGENCE_HEADS = [
 TRANSFORMERS_HEADS = [
     *STORED,
     "compress after / keep recent",
-    "dtype",
+    "dtype, transformers / engine",
     "perplexity change, transformers (95 % interval)",
     "through the engine",
     "KL, whole vocabulary (nats)",
@@ -87,17 +87,17 @@ def divergence(record: Record) -> list[list[str]]:
 def transformers(record: Record) -> list[list[str]]:
     results: Any = record.results
     low, high = results["perplexity_change_ci95"]
-    engine = results["engine"]
+    engine = results["engine"] or {"dtype": "not measured"}
     return [
         [
             *stored(record),
             thresholds(record),
-            results["dtype"],
+            f"{results['dtype']} / {engine['dtype']}",
             f"{results['perplexity_change']:+.2%} ({low:+.2%} to {high:+.2%})",
-            "not measured" if engine is None else f"{engine['perplexity_change']:+.2%}",
+            f"{engine['perplexity_change']:+.2%}" if results["engine"] else "",
             f"{results['kl_mean_nats']:.5f}",
             f"{results['kl_lower_bound_mean_nats']:.5f}",
-            "not measured" if engine is None else f"{engine['kl_lower_bound_mean_nats']:.5f}",
+            f"{engine['kl_lower_bound_mean_nats']:.5f}" if results["engine"] else "",
             f"{results['predicted_tokens']:,}",
         ]
     ]

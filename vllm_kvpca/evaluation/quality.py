@@ -99,15 +99,18 @@ def compare(stock: Scores, other: Scores, seed: int) -> dict[str, Any]:
 
 
 def put_beside(record: Record, others: Sequence[Record]) -> Record:
-    """The record with "engine": what one of `others` says of the same preset, thresholds, dtype
-    and windows, or None."""
-    found = next((other for other in others if _measured(other) == _measured(record)), None)
+    """The record with "engine": what one of `others` says of the same preset, thresholds and
+    windows, or None. Of several the one with the same dtype, else with the finest."""
+    same = [other for other in others if _measured(other) == _measured(record)]
+    order = [record.results["dtype"], "float16", "bfloat16"]
+    found = min(same, key=lambda other: order.index(other.results["dtype"]), default=None)
     names = (
         "perplexity_change",
         "perplexity_change_ci95",
         "kl_lower_bound_mean_nats",
         "top1_agreement",
         "boundary_step_tokens",
+        "dtype",
     )
     beside: dict[str, Any] | None = None
     if found is not None:
@@ -119,4 +122,4 @@ def _measured(record: Record) -> tuple[Any, ...]:
     names = ("preset", "compress_after", "keep_recent", "windows", "window_tokens", "chunk")
     chosen = [record.settings.get(name) for name in names]
     texts = sorted(text.sha256 for text in record.texts)
-    return record.model_sha256, record.results["dtype"], chosen, texts
+    return record.model_sha256, chosen, texts
