@@ -45,7 +45,6 @@ def test_quality_counts_what_was_archived(model, tmp_path):
     evaluate("quality", *common, *chosen, *output, *elsewhere)
     [other] = load_all(tmp_path / "records", "quality-transformers")
     theirs = other.results
-    assert theirs["engine"]["perplexity_change"] == results["perplexity_change"]
     for name in ("boundary_step_tokens", "predicted_tokens", "archived_share_of_attended_keys"):
         assert theirs[name] == results[name]
     assert abs(theirs["perplexity_change"] - results["perplexity_change"]) < 0.002

@@ -59,6 +59,7 @@ def test_every_row_has_as_many_cells_as_the_head(make):
         "predicted_tokens": 20470,
         "archived_share_of_attended_keys": 0.94,
         "dtype": "float16",
+        "boundary_step_tokens": 80,
     }
     row = {"identical_tokens": 3, "generated_tokens": 4}
     speeds = {"prompt_tokens_per_second": 10.0, "decode_tokens_per_second": 5.0}
@@ -77,11 +78,12 @@ def test_every_row_has_as_many_cells_as_the_head(make):
         make(kind="needle", slug="n", through="engine", results=FACTS),
         make(kind="recall", slug="r", through="transformers", results=FACTS),
         make(kind="divergence", results=PARTED),
-        make(kind="quality-transformers", results=quality | {"kl_mean_nats": 0.01, "engine": None}),
+        make(kind="quality-transformers", results=quality | {"kl_mean_nats": 0.01}),
         make(
             kind="quality-transformers",
-            slug="m-beside",
-            results=quality | {"kl_mean_nats": 0.01, "engine": quality},
+            slug="m-alone",
+            windows=7,
+            results=quality | {"kl_mean_nats": 0.01},
         ),
         make(kind="throughput", results={"stock": speeds, "preset": speeds, **ratios}),
         make(),
@@ -91,6 +93,9 @@ def test_every_row_has_as_many_cells_as_the_head(make):
         assert len({line.count("|") for line in lines}) == 1
     assert "+0.55% (+0.10% to +1.00%)" in table("quality", records)
     assert "| 50% | 25.0% | 12.5% | 80.0% | 70.0% | -0.1000" in table("needle", records)
+    both = table("quality-transformers", records)
+    assert "| float16 / float16 | +0.55% (+0.10% to +1.00%) | +0.55% |" in both
+    assert "| float16 / not measured |" in both
     assert "| 1, 2.5, 4 | 8 | 50% | 0.020 | 2 |" in table("divergence", records)
 
 

@@ -68,7 +68,6 @@ def quality(
 ) -> None:
     """Perplexity, KL divergence and top-1 agreement, teacher-forced, against stock."""
     from vllm_kvpca.evaluation import comparison, runs
-    from vllm_kvpca.evaluation.record import load_all
 
     comparison.check_through(through)
     kind = "quality" if through == comparison.ENGINE else f"quality-{through}"
@@ -80,7 +79,6 @@ def quality(
         "eager": eager,
         "seed": seed,
         "done": comparison.finished(output, kind) if resume else comparison.nothing_done,
-        "beside": load_all(output, "quality"),
     }
     records = runs.quality(model, preset, text, tokens, window, chunk, **more)
     write(

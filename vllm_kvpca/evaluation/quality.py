@@ -101,7 +101,7 @@ def compare(stock: Scores, other: Scores, seed: int) -> dict[str, Any]:
 def put_beside(record: Record, others: Sequence[Record]) -> Record:
     """The record with "engine": what one of `others` says of the same preset, thresholds and
     windows, or None. Of several the one with the same dtype, else with the finest."""
-    same = [other for other in others if _measured(other) == _measured(record)]
+    same = [o for o in others if o.kind == "quality" and _measured(o) == _measured(record)]
     order = [record.results["dtype"], "float16", "bfloat16"]
     found = min(same, key=lambda other: order.index(other.results["dtype"]), default=None)
     names = (

@@ -36,7 +36,6 @@ def quality(
     through: str = ENGINE,
     seed: int = 0,
     done: Done = nothing_done,
-    beside: Sequence[Record] = (),
     **more: Any,
 ) -> Iterator[Record]:
     """Records of kind "quality": one for each preset and pair of thresholds.
@@ -46,8 +45,6 @@ def quality(
         chunk: tokens of each window per step.
         through: "engine"; or "transformers" for load_preset_cache, which gives records of kind
             "quality-transformers" with the whole KL divergence.
-        beside: records of kind "quality"; what one of them found in the same measurement
-            through the engine goes into the record through transformers.
         done: what to leave out; see comparison.finished.
         more: further EngineSettings.
     """
@@ -70,8 +67,7 @@ def quality(
             "calibration_overlap": seen[settings.preset],
         }
         kind = "quality" if through == ENGINE else f"quality-{through}"
-        record = record_of(kind, settings, results, used, files, results["dtype"])
-        yield record if through == ENGINE else quality_.put_beside(record, beside)
+        yield record_of(kind, settings, results, used, files, results["dtype"])
 
 
 def _qualities(

@@ -16,6 +16,7 @@ from vllm_kvpca.errors import OptionsError
 from vllm_kvpca.evaluation import answer_tables as answers
 from vllm_kvpca.evaluation.cells import stored, thresholds
 from vllm_kvpca.evaluation.engine import STOCK
+from vllm_kvpca.evaluation.quality import put_beside
 from vllm_kvpca.evaluation.record import Record
 
 _BENCHES = ("kernels", "engine", "memory-limited")
@@ -42,6 +43,8 @@ def table(kind: str, records: Sequence[Record]) -> str:
         raise OptionsError(f"there is no table {kind!r}; known: {', '.join(_TABLES)}.")
     heads, rows = _TABLES[kind]
     chosen = sorted((r for r in records if r.kind == kind), key=_order)
+    if kind == "quality-transformers":
+        chosen = [put_beside(record, records) for record in chosen]
     if not chosen:
         raise OptionsError(f"no record for the table {kind!r}: make one with {_command(kind)}.")
     if callable(heads):
