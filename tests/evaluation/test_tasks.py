@@ -40,6 +40,7 @@ def found(accuracy):
     return {
         "results": {"a": metrics | {"words_stderr,x": "N/A"}},
         "versions": {"a": 1.0},
+        "lm_eval": "0.4.13",
         "n-samples": {"a": {"original": 100, "effective": 50}},
     }
 

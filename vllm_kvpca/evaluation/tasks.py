@@ -8,6 +8,7 @@ archive.
 from __future__ import annotations
 
 import importlib.util
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +48,10 @@ def check(chosen: Chosen) -> None:
         raise SetupError(
             "lm-eval is not installed: pip install 'vllm-kvpca[eval]' (or pip install lm-eval)."
         )
-    from lm_eval.tasks import TaskManager, get_task_dict
+    from lm_eval.tasks import get_task_dict
 
     manager = _manager(chosen)
-    known = TaskManager.match_tasks(manager, list(chosen.tasks))
+    known = manager.match_tasks(list(chosen.tasks))
     if unknown := sorted(set(chosen.tasks) - set(known)):
         raise OptionsError(
             f"lm-eval knows no task {', '.join(unknown)}: `lm-eval ls tasks` lists them; give "
@@ -72,7 +73,7 @@ def measure(settings: EngineSettings, chosen: Chosen) -> dict[str, Any]:
     """Run the tasks on one engine, in a process of its own.
 
     Returns:
-        lm-eval's results: of each task its metrics; versions; samples.
+        lm-eval's results: of each task its metrics; versions; samples; and lm-eval's version.
     """
     return engine.in_process(_measure, settings, chosen)
 
@@ -82,7 +83,8 @@ def _measure(settings: EngineSettings, chosen: Chosen) -> dict[str, Any]:
     import lm_eval
 
     found = lm_eval.simple_evaluate(**call(settings, chosen), task_manager=_manager(chosen))
-    return {key: found[key] for key in ("results", "n-samples", "versions")}
+    measured = {key: found[key] for key in ("results", "n-samples", "versions")}
+    return measured | {"lm_eval": version("lm-eval")}
 
 
 def call(settings: EngineSettings, chosen: Chosen) -> dict[str, Any]:
@@ -138,7 +140,7 @@ def compare(stock: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
                     "task_version": str(stock["versions"].get(task)),
                 }
             )
-    return {"rows": rows}
+    return {"rows": rows, "lm_eval": other["lm_eval"]}
 
 
 def _number(value: Any) -> float | None:
