@@ -80,6 +80,7 @@ def test_prompts_are_drawn_anew_and_repeatable(text):
         ("haystack", [600], [0.5], "needle or recall"),
         ("needle", [600], [1.5], "from 0 to 1"),
         ("recall", [600], [], "1 to 24 depths"),
+        ("recall", [600], [0.5, 0.5], "given twice"),
         ("needle", [100], [0.0, 0.5], "too short"),
         ("recall", [100], [0.0, 0.5], "too short"),
     ],

@@ -56,22 +56,8 @@ def needle(
 ) -> None:
     """Facts hidden in a text and asked for at its end (needle in a haystack), against stock."""
     more = {"dtype": dtype, "kv_gib": kv_gib, "eager": eager}
-    _facts(
-        "needle",
-        model,
-        preset,
-        text,
-        length,
-        depth,
-        samples,
-        chunk,
-        thresholds,
-        through,
-        seed,
-        output,
-        resume,
-        more,
-    )
+    chosen = {"lengths": length, "depths": depth, "samples": samples, "chunk": chunk, "seed": seed}
+    _facts("needle", model, preset, text, through, thresholds, resume, output, **chosen, **more)
 
 
 def recall(
@@ -92,22 +78,8 @@ def recall(
 ) -> None:
     """Values by key from a long list of facts, over depth and length, against stock."""
     more = {"dtype": dtype, "kv_gib": kv_gib, "eager": eager}
-    _facts(
-        "recall",
-        model,
-        preset,
-        [],
-        length,
-        depth,
-        samples,
-        chunk,
-        thresholds,
-        through,
-        seed,
-        output,
-        resume,
-        more,
-    )
+    chosen = {"lengths": length, "depths": depth, "samples": samples, "chunk": chunk, "seed": seed}
+    _facts("recall", model, preset, [], through, thresholds, resume, output, **chosen, **more)
 
 
 def _facts(
@@ -115,24 +87,17 @@ def _facts(
     model: str,
     preset: list[str],
     text: list[Path],
-    length: list[int],
-    depth: list[float],
-    samples: int,
-    chunk: int,
-    thresholds: list[str],
     through: str,
-    seed: int,
-    output: Path,
+    thresholds: list[str],
     resume: bool,
-    more: dict[str, Any],
+    output: Path,
+    **chosen: Any,
 ) -> None:
     from vllm_kvpca.evaluation import answer_runs, comparison
 
     comparison.check_through(through)
-    more |= _common(thresholds, resume, output, task)
-    records = answer_runs.hidden_facts(
-        task, model, preset, text, length, depth, samples, chunk, through=through, seed=seed, **more
-    )
+    chosen |= _common(thresholds, resume, output, task)
+    records = answer_runs.hidden_facts(task, model, preset, text, through=through, **chosen)
     write(
         records,
         output,

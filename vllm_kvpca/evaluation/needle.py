@@ -53,6 +53,9 @@ _ANIMALS = (
 Span = tuple[int, int]
 """First token and end."""
 
+Fact = tuple[list[int], list[int]]
+"""Tokens up to the answer, and those of the answer."""
+
 
 @dataclass(frozen=True)
 class Question:
@@ -113,21 +116,22 @@ def make_prompts(
     """
     if task not in TASKS:
         raise OptionsError(f"there is no task {task!r}: use {' or '.join(TASKS)}.")
-    if not 0 < len(depths) <= len(_PLACES) or not all(0 <= depth <= 1 for depth in depths):
+    levels = sorted(set(depths))
+    if not 0 < len(levels) <= len(_PLACES) or levels[0] < 0 or levels[-1] > 1:
         raise OptionsError(f"give 1 to {len(_PLACES)} depths from 0 to 1, not {list(depths)}.")
-    writer = _Writer(tokenizer, sorted(depths))
+    if len(levels) < len(depths):
+        raise OptionsError(f"a depth is given twice: {list(depths)}.")
+    writer = _Writer(tokenizer, levels)
     result = []
     for length in lengths:
         if task == "needle":
             hays = texts.windows(tokenizer, files, samples, length)
         for sample in range(samples):
             draw = random.Random(f"{seed} {task} {length} {sample}")
-            prompt = (
-                writer.needle(hays[sample], draw)
-                if task == "needle"
-                else writer.recall(length, draw)
-            )
-            result.append(prompt)
+            if task == "needle":
+                result.append(writer.needle(hays[sample], draw))
+            else:
+                result.append(writer.recall(length, draw))
     return result
 
 
@@ -143,7 +147,7 @@ class _Writer:
     def needle(self, hay: list[int], draw: random.Random) -> Prompt:
         """Sentences in a window of text, cut to the window's length."""
         places = draw.sample(_PLACES, len(self._depths))
-        facts = [
+        facts: list[Fact] = [
             (self._ids(f"\n\nThe secret number of {place} is "), self._number(draw))
             for place in places
         ]
@@ -164,11 +168,11 @@ class _Writer:
     def recall(self, length: int, draw: random.Random) -> Prompt:
         """A list of facts of one form, as many as the length holds."""
         end = self._ids("\n")
-        every: list[tuple[list[int], list[int]]] = []
+        every: list[Fact] = []
         keys: set[str] = set()
         size, longest = len(self._start), 0
         while True:
-            key = f"{draw.choice(_ANIMALS)} {draw.randrange(100, 1000)}"
+            key = f"{draw.choice(_ANIMALS)} {draw.randrange(100, max(1000, length))}"
             if key in keys:
                 continue
             keys.add(key)
@@ -179,19 +183,20 @@ class _Writer:
                 break
             every.append(fact)
             size += tokens_of_fact
-        _check_room(len(every) + 1 - len(self._depths), length)
+        chosen = [round(depth * (len(every) - 1)) for depth in self._depths]
+        # Each depth needs a fact of its own.
+        _check_room(len(set(chosen)) + 1 - len(self._depths), length)
         tokens, places_of = [*self._start], []
         for words, value in every:
             places_of.append((len(tokens), len(tokens) + len(words) + len(value)))
             tokens += words + value + end
-        chosen = [round(depth * (len(every) - 1)) for depth in self._depths]
         facts, where = [every[i] for i in chosen], [places_of[i] for i in chosen]
         return self._ask(tokens, facts, where, end, draw)
 
     def _ask(
         self,
         tokens: list[int],
-        facts: Sequence[tuple[list[int], list[int]]],
+        facts: Sequence[Fact],
         places: Sequence[Span],
         end: list[int],
         draw: random.Random,
