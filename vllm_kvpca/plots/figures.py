@@ -66,8 +66,10 @@ def _figures(records: Sequence[Record]) -> Iterator[Figure]:
         yield Figure(f"frontier-{_short(chosen[0])}", studies[-1:] or chosen, draw_frontier)
     if quality:
         yield Figure("perplexity", quality, draw_models)
-    if by_format(quality):
-        yield Figure("model-size", quality, draw_sizes)
+    for chosen in (of("codec-study"), quality):
+        if by_format(chosen):
+            yield Figure("model-size", chosen, draw_sizes)
+            break
     for record in of("calibration"):
         yield Figure(f"spread-{_short(record)}", [record], draw_spread)
     for kind in ("needle", "recall"):

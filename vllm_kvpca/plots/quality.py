@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from vllm_kvpca.evaluation.record import Record
-from vllm_kvpca.plots.themes import Theme, legend, legend_below, pyplot, style, title
+from vllm_kvpca.plots.themes import Theme, legend_below, pyplot, style, title
 from vllm_kvpca.preset.formats import CALIBRATED_FORMATS, FORMATS
 
 _LINEAR = 0.1
@@ -211,23 +211,26 @@ def draw_sizes(records: Sequence[Record], theme: Theme) -> Any:
     """Ratio and loss over the model's size, a line for each format that several models have."""
     figure, (left, right) = pyplot().subplots(1, 2, figsize=(10, 4), layout="constrained")
     sizes: set[float] = set()
-    for (name, found), colour in zip(by_format(records).items(), theme.cycle, strict=False):
+    for index, (name, found) in enumerate(by_format(records).items()):
+        rounds, place = divmod(index, len(theme.cycle))
+        colour, line = theme.cycle[place], ("o-", "s--", "D:")[rounds % 3]
         x = [size for size, _ in found]
         sizes.update(x)
-        left.plot(x, [p.ratio for _, p in found], "o-", color=colour, label=name)
+        left.plot(x, [p.ratio for _, p in found], line, color=colour, label=name)
         bars = [[p.loss - p.low for _, p in found], [p.high - p.loss for _, p in found]]
         y = [p.loss for _, p in found]
-        right.errorbar(x, y, bars, fmt="o-", color=colour, label=name, elinewidth=1)
+        right.errorbar(x, y, bars, fmt=line, color=colour, label=name, elinewidth=1)
     title(left, "Raw / archived bytes of K and V", theme)
-    title(right, "Perplexity against stock, through the engine", theme)
+    how = "codec study" if records[0].kind == "codec-study" else "through the engine"
+    title(right, f"Perplexity against stock ({how})", theme)
     _loss_axis(right, theme)
     for axes in (left, right):
         axes.set_xscale("log")
         axes.set_xticks(sorted(sizes), [f"{size:,.0f}M" for size in sorted(sizes)])
         axes.minorticks_off()
         axes.set_xlabel("parameters")
-        legend(axes, theme)
         style(figure, axes, theme)
+    legend_below(figure, left, theme)
     return figure
 
 
@@ -242,8 +245,10 @@ def by_format(records: Sequence[Record]) -> dict[str, list[tuple[float, Point]]]
     found: dict[str, list[tuple[float, Point]]] = {}
     for model, chosen in by_model(records).items():
         millions = size(model)
-        for point in points(chosen) if millions else []:
-            if millions:
+        studies = [record for record in chosen if record.kind == "codec-study"]
+        both = study_points(studies[-1]) if studies else points(chosen)
+        for point in both:
+            if millions and point.group == "preset":
                 found.setdefault(point.name, []).append((millions, point))
     return {name: rows for name, rows in found.items() if len(rows) > 1}
 
