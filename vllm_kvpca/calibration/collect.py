@@ -126,7 +126,7 @@ def collect(
         if layer in shape.layers:
             moments.add("q", layer, queries.unflatten(1, (shape.num_kv_heads, -1)).flatten(2, 3))
 
-    with _observed(model, add_queries) if "q" in moments.sums else nullcontext():
+    with observed(model, add_queries) if "q" in moments.sums else nullcontext():
         for window in windows:
             _forward(model, window, _Probe(model.config, set(shape.layers), add))
             moments.tokens += len(window)
@@ -135,7 +135,7 @@ def collect(
 
 
 @contextmanager
-def _observed(model: Any, visit: Callable[[int, torch.Tensor], None]) -> Iterator[None]:
+def observed(model: Any, visit: Callable[[int, torch.Tensor], None]) -> Iterator[None]:
     """Show the queries of every attention call, (1, heads, tokens, head_dim), to `visit`."""
     before = model.config._attn_implementation
     if before != "sdpa":
