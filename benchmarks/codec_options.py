@@ -168,6 +168,54 @@ TOGETHER = (
     _pair("k6v4 balanced", "balanced+mix 1/8:8 7/8:4"),
     _pair("k6v4 balanced, search", "balanced+mix 1/8:8 7/8:4 search", f"{H4} search"),
 )
+S = "signed"
+V36 = "pca+mix 1/4:4 3/4:4"
+SIGNED = (
+    *(
+        Option("signed", f"V {spec}", v=spec)
+        for spec in (
+            f"{H4} {S}",
+            f"{H4} signed-search",
+            f"{H4} clip=2.6",
+            f"pca+mix {V8_4} {S}",
+            f"joint+mix {V8_4} {S}",
+            f"pca+mix {K5} {S}",
+            f"{V36} {S}",
+            f"weighted+mix 1/4:4 3/4:4 {S}",
+            f"hadamard 1/2:4 1/2:4 {S}",
+            f"hadamard 1:3 {S}",
+        )
+    ),
+    *(
+        Option("signed", name, k, v)
+        for name, k, v in (
+            ("k8v4 signed", "identity 1:8", f"{H4} {S}"),
+            ("k8v4 signed, K Hadamard", "hadamard 1:8", f"{H4} {S}"),
+            ("k7v4 signed", f"weighted+mix {K7} {S}", f"{H4} {S}"),
+            ("96 B: K 60, V 36", f"weighted+mix {K7} {S}", f"{V36} {S}"),
+            ("96 B: K 52, V 44", f"weighted+mix 1/2:8 1/2:4 {S}", f"pca+mix {K5} {S}"),
+            ("96 B: K 48, V 48", f"weighted+mix {V8_4} {S}", f"pca+mix {V8_4} {S}"),
+            ("84 B: K 48, V 36", f"weighted+mix {V8_4} {S}", f"{V36} {S}"),
+            ("84 B: K 44, V 40", f"weighted+mix {K5} {S}", f"pca+mix 1/8:8 7/8:4 {S}"),
+            ("82 B: K 48, V 34", f"weighted+mix {V8_4} {S}", f"{H4} {S}"),
+            ("82 B: K 48 joint, V 34", f"joint+mix {V8_4} {S}", f"{H4} {S}"),
+            ("k5v4 signed", f"weighted+mix {K5} {S}", f"{H4} {S}"),
+            ("k5v4 signed, balanced", f"balanced+mix {K5} {S}", f"{H4} {S}"),
+            ("k4v4, one band, signed", f"balanced+mix 1:4 {S}", f"{H4} {S}"),
+            ("k4v4, one band, before RoPE, signed", f"balanced+mix 1:4 {S} pre", f"{H4} {S}"),
+            ("k4v4 cut, signed", f"balanced+mix {CUT} {S}", f"{H4} {S}"),
+            ("k4v4, 4 and 3 bits, signed", f"balanced+mix 3/8:4 5/8:3 {S}", f"{H4} {S}"),
+        )
+    ),
+    Option(
+        "signed",
+        "k4v4 cut, mean, before RoPE, first 4 raw, signed",
+        f"balanced+mix {CUT} {S} mean pre",
+        f"{H4} {S}",
+        first=4,
+    ),
+    Option("signed", "k8v4, first 4 raw, signed", "identity 1:8", f"{H4} {S}", first=4),
+)
 PEERS = (
     Option("peers", "vLLM fp8", "fp8", "fp8"),
     Option("peers", "vLLM fp8, K alone", "fp8"),
@@ -180,6 +228,7 @@ PEERS = (
 OPTIONS: tuple[Option, ...] = (
     *TOGETHER,
     *PEERS,
+    *SIGNED,
     *(Option("V alone", f"V {spec}", v=spec) for spec in V_ALONE),
     Option("V alone", f"V {H4}, first 4 raw", v=H4, first=4),
     *(Option("K alone", f"K {spec}", k=spec) for spec in K_ALONE),

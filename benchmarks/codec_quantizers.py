@@ -10,8 +10,10 @@ A spec is a line of words: a basis, bands, and extras.
              the output projection for V): weighted, joint, balanced, channel
     +mix     Hadamard inside each band
     band     share of the components : bits (8, 4, 3, 2, 0)
-    levels   search (uniform, scale with the least error), gain (uniform, least-squares scale),
-             gauss, laplace, fitted (Lloyd-Max tables)
+    levels   of bands below 8 bits: signed, signed-search (uniform, see `uniform`), search (scale
+             with the least error), gain (least-squares scale), gauss, laplace, fitted (Lloyd-Max
+             tables); by default equal steps and codes from -qmax to qmax
+    clip=C   uniform, scale for the absolute maximum or C times the RMS, whichever is less
     mean     a fixed mean is subtracted first
     pre      K before RoPE
 
@@ -28,11 +30,19 @@ from functools import cache
 
 import torch
 
-from vllm_kvpca.codec import decode_bands, encode_bands, hadamard_basis, mix_bands, pca_basis
+from vllm_kvpca.codec import (
+    balanced_basis,
+    decode_bands,
+    encode_bands,
+    encoder,
+    hadamard_basis,
+    mix_bands,
+    pca_basis,
+)
 from vllm_kvpca.codec.bands import QMAX, SCALE_BYTES, SCALE_DTYPE, Band
 
 BASES = ("identity", "hadamard", "pca", "weighted", "joint", "balanced", "channel")
-LEVELS = ("uniform", "search", "gain", "gauss", "laplace", "fitted")
+LEVELS = ("uniform", "signed", "signed-search", "search", "gain", "gauss", "laplace", "fitted")
 SHRINK = torch.linspace(1.0, 0.55, 10)
 """Scales that "search" tries, as shares of the one that reaches the largest component."""
 Bands = tuple[tuple[int, int], ...]
@@ -48,6 +58,7 @@ class Spec:
     shares: tuple[tuple[Fraction, int], ...]
     budget: int | None
     levels: str
+    clip: float | None
     mean: bool
     pre: bool
 
@@ -63,7 +74,9 @@ def parse(text: str) -> Spec:
     if basis not in BASES or mix not in ("", "mix") or unknown:
         raise ValueError(f"{text!r} is no spec")
     budget = budgets[0] if budgets else None
-    return Spec(basis, mix == "mix", shares, budget, levels, "mean" in rest, "pre" in rest)
+    clips = [float(w.partition("=")[2]) for w in words if w.startswith("clip=")]
+    clip = clips[0] if clips else None
+    return Spec(basis, mix == "mix", shares, budget, levels, clip, "mean" in rest, "pre" in rest)
 
 
 @dataclass(frozen=True)
@@ -109,7 +122,8 @@ class Quantizer:
         if self.mean is not None:
             x = x - self.mean[layer][:, None]
         y = x @ self.encode[layer]
-        if self.spec.levels == "uniform" and all(bits in (*QMAX, 0) for _, bits in self.bands):
+        plain = self.spec.levels == "uniform" and self.spec.clip is None
+        if plain and all(bits in (*QMAX, 0) for _, bits in self.bands):
             product = [Band(width, bits) for width, bits in self.bands]
             y = decode_bands(*encode_bands(y, product), product, raw_dtype=y.dtype)
         else:
@@ -121,22 +135,37 @@ class Quantizer:
 
     def _band(self, y: torch.Tensor, bits: int) -> torch.Tensor:
         if bits == 8 or self.table is None:
-            return uniform(y, bits, "uniform" if bits == 8 else self.spec.levels)
+            if bits == 8:
+                return uniform(y, bits, "uniform")
+            return uniform(y, bits, self.spec.levels, self.spec.clip)
         scale = y.square().mean(-1, keepdim=True).sqrt().to(SCALE_DTYPE).float()
         return nearest(y / scale.clamp_min(1e-30), self.table[bits]) * scale
 
 
-def uniform(y: torch.Tensor, bits: int, how: str) -> torch.Tensor:
-    """Symmetric steps with one scale per row: of the absolute maximum, searched, or regressed."""
+def uniform(
+    y: torch.Tensor, bits: int, how: str = "uniform", clip: float | None = None
+) -> torch.Tensor:
+    """Equal steps with one scale per row.
+
+    Codes are in [-qmax, qmax]. With "signed" and "signed-search" the largest component, whatever
+    its sign, gets the code -qmax - 1, and the scale its opposite sign: one level more.
+    """
+    signed = how.startswith("signed")
     qmax = 2 ** (bits - 1) - 1
     largest = y.abs().amax(-1, keepdim=True) / qmax
+    if signed:
+        largest = y.gather(-1, y.abs().argmax(-1, keepdim=True)) / (-qmax - 1)
+    if clip is not None:
+        rms = y.square().mean(-1, keepdim=True).sqrt()
+        largest = torch.minimum(largest, clip / qmax * rms)
 
     def codes(scale: torch.Tensor) -> torch.Tensor:
-        return (y / scale.clamp_min(1e-30)).round().clamp(-qmax, qmax)
+        divisor = torch.where(scale == 0, 1, scale)
+        return (y / divisor).round().clamp(-qmax - signed, qmax)
 
-    if how == "search":
+    if how in ("search", "signed-search"):
         best, least = largest, torch.full_like(largest, torch.inf)
-        for shrink in SHRINK.tolist():
+        for shrink in SHRINK.tolist() if how == "search" else (1.0, 0.9, 0.8):
             scale = (largest * shrink).to(SCALE_DTYPE).float()
             error = (codes(scale) * scale - y).square().sum(-1, keepdim=True)
             best = torch.where(error < least, scale, best)
@@ -201,10 +230,9 @@ def transform(
     """Matrices (layers, heads, D, D) with y = x @ encode and x = y @ decode, float32."""
     size = moment.shape[-1]
     widths = [width for width, _ in bands]
-    scaling = inverse = None
     if spec.basis in ("identity", "hadamard"):
         one = torch.eye(size) if spec.basis == "identity" else hadamard_basis(size)
-        basis = one.to(moment.device).expand(*moment.shape)
+        basis = one.expand(*moment.shape)
     elif spec.basis == "pca":
         basis = pca_basis(moment)
     elif spec.basis == "weighted":
@@ -213,19 +241,13 @@ def transform(
         basis = joint_basis(moment, weight, widths)
     elif spec.basis == "channel":
         diagonal = [m.diagonal(dim1=-2, dim2=-1).clamp_min(1e-12) for m in (weight, moment)]
-        scaling = torch.diag_embed((diagonal[0] / diagonal[1]) ** 0.25)
         inverse = torch.diag_embed((diagonal[1] / diagonal[0]) ** 0.25)
-        basis = hadamard_basis(size).to(moment.device).expand(*moment.shape)
+        basis = inverse @ hadamard_basis(size).double()
     else:
-        scaling, inverse = balance(moment, weight)
-        basis = pca_basis(scaling @ moment @ scaling)
+        basis = balanced_basis(moment, weight)
     if spec.mixed:
-        mix = mix_bands(torch.eye(size), widths).to(basis.device)
-        basis = (basis.double() @ mix.double()).float()
-    encode, decode = basis.double(), basis.double().transpose(-1, -2)
-    if scaling is not None and inverse is not None:
-        encode, decode = scaling @ encode, decode @ inverse
-    return encode.float(), decode.float()
+        basis = mix_bands(basis, widths)
+    return encoder(basis.double()).float(), basis.mT.float()
 
 
 def joint_basis(moment: torch.Tensor, weight: torch.Tensor, widths: Sequence[int]) -> torch.Tensor:
@@ -248,28 +270,6 @@ def joint_basis(moment: torch.Tensor, weight: torch.Tensor, widths: Sequence[int
         found.insert(0, span @ low.flip(-1))
         span = span @ vectors[..., width:]
     return torch.cat(found, -1).float()
-
-
-def balance(moment: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Symmetric M and its inverse with M moment M = M^-1 weight M^-1.
-
-    Of all linear maps, orthonormal or not, this one loses least to noise that is spread evenly
-    (the matrix geometric mean; Bhatia, Positive Definite Matrices, 2007, chapter 4).
-    """
-    moment, weight = (_unit(_regular(m)) for m in (moment, weight))
-    root, back = _power(moment, 0.5), _power(moment, -0.5)
-    square = back @ _power(root @ weight @ root, 0.5) @ back
-    return _power(square, 0.5), _power(square, -0.5)
-
-
-def _regular(matrix: torch.Tensor) -> torch.Tensor:
-    eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-    return _unit(matrix) + 1e-4 / matrix.shape[-1] * eye
-
-
-def _power(matrix: torch.Tensor, exponent: float) -> torch.Tensor:
-    values, vectors = torch.linalg.eigh(matrix)
-    return vectors @ torch.diag_embed(values.clamp_min(1e-15) ** exponent) @ vectors.mT
 
 
 def _unit(moment: torch.Tensor) -> torch.Tensor:

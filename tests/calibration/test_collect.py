@@ -83,7 +83,7 @@ def test_queries_are_those_the_attention_sees(model: Any, sequences: list[list[i
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_attention_that_cannot_beobserved_is_refused(model: Any):
+def test_attention_that_cannot_be_observed_is_refused(model: Any):
     model.set_attn_implementation("eager")
     try:
         with pytest.raises(UnsupportedError, match="eager"):

@@ -66,7 +66,7 @@ def archive(
         recent,
         key,
         value,
-        checked_basis(codec.k_basis),
+        checked_basis(codec.k_encoder),
         checked_basis(codec.v_basis),
         (
             *pages.stride()[:2],
