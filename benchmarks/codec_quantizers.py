@@ -39,7 +39,7 @@ from vllm_kvpca.codec import (
     mix_bands,
     pca_basis,
 )
-from vllm_kvpca.codec.bands import QMAX, SCALE_BYTES, SCALE_DTYPE, Band
+from vllm_kvpca.codec.bands import SCALE_BYTES, SCALE_DTYPE, Band
 
 BASES = ("identity", "hadamard", "pca", "weighted", "joint", "balanced", "channel")
 LEVELS = ("uniform", "signed", "signed-search", "search", "gain", "gauss", "laplace", "fitted")
@@ -122,8 +122,7 @@ class Quantizer:
         if self.mean is not None:
             x = x - self.mean[layer][:, None]
         y = x @ self.encode[layer]
-        plain = self.spec.levels == "uniform" and self.spec.clip is None
-        if plain and all(bits in (*QMAX, 0) for _, bits in self.bands):
+        if self.spec.levels == "signed" and all(bits in (8, 4, 0) for _, bits in self.bands):
             product = [Band(width, bits) for width, bits in self.bands]
             y = decode_bands(*encode_bands(y, product), product, raw_dtype=y.dtype)
         else:
