@@ -10,7 +10,7 @@ import typer
 from vllm_kvpca.cli.evaluate import RECORDS
 from vllm_kvpca.errors import OptionsError
 
-FILES = [Path("README.md"), Path("docs/results.md"), Path("docs/deploy.md")]
+FILES = [Path("README.md"), Path("docs/results.md"), Path("docs/deploy.md"), Path("docs/codec.md")]
 
 
 def tables(

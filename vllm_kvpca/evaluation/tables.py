@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from vllm_kvpca.errors import OptionsError
+from vllm_kvpca.evaluation.codec_tables import CODEC_HEADS, CODEC_TABLES, codec_rows
 from vllm_kvpca.evaluation.engine import STOCK
 from vllm_kvpca.evaluation.record import Record
 
+_Rows = Callable[[Record], list[list[str]]]
 _BENCHES = ("kernels", "engine", "memory-limited")
 _TABLE = re.compile(r"(<!-- table:(?P<kind>[a-z-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
@@ -39,7 +41,8 @@ def table(kind: str, records: Sequence[Record]) -> str:
     if kind not in _TABLES:
         raise OptionsError(f"there is no table {kind!r}; known: {', '.join(_TABLES)}.")
     heads, rows = _TABLES[kind]
-    chosen = sorted((r for r in records if r.kind == kind), key=_order)
+    of_kind = "codec-study" if kind in CODEC_TABLES else kind
+    chosen = sorted((r for r in records if r.kind == of_kind and rows(r)), key=_order)
     if not chosen:
         raise OptionsError(f"no record for the table {kind!r}: make one with {_command(kind)}.")
     if callable(heads):
@@ -51,6 +54,7 @@ def table(kind: str, records: Sequence[Record]) -> str:
 
 def _command(kind: str) -> str:
     scripts = {"load": "serve_load", "metrics-overhead": "metrics_overhead"}
+    scripts |= dict.fromkeys(CODEC_TABLES, "codec_study")
     if kind in scripts:
         return f"python benchmarks/{scripts[kind]}.py"
     return f"vllm-kvpca {'bench' if kind in _BENCHES else 'evaluate'} {kind}"
@@ -235,7 +239,6 @@ def _memory_limited(record: Record) -> list[list[str]]:
 
 
 _PRESET = ["preset", "raw / archived bytes of K and V (of V alone)"]
-_Rows = Callable[[Record], list[list[str]]]
 _Heads = list[str] | Callable[[Record], list[str]]
 _TABLES: dict[str, tuple[_Heads, _Rows]] = {
     "quality": (
@@ -301,6 +304,7 @@ _TABLES: dict[str, tuple[_Heads, _Rows]] = {
         ],
         _load,
     ),
+    **{name: (CODEC_HEADS, codec_rows(group)) for name, group in CODEC_TABLES.items()},
     "kernels": (_kernel_heads, _kernels),
     "engine": (
         [
