@@ -43,12 +43,18 @@ class Source:
     note: str = ""
 
 
-def write_card(config: PresetConfig, source: Source, energy: dict[str, list[float]]) -> str:
+def write_card(
+    config: PresetConfig,
+    source: Source,
+    energy: dict[str, list[float]],
+    measured: str = NOT_MEASURED,
+) -> str:
     """Text of README.md.
 
     Args:
         config: of a calibrated preset.
         energy: "k", "v" to the share of the energy in each band (see `fit.band_energy`).
+        measured: perplexity against stock, in words.
     """
     model = config.model
     assert model is not None  # the schema demands it for calibrated formats
@@ -82,7 +88,7 @@ def write_card(config: PresetConfig, source: Source, energy: dict[str, list[floa
 
 | What | Result |
 | --- | --- |
-{MEASURED_ROW} {NOT_MEASURED} |
+{MEASURED_ROW} {measured} |
 
 ## Calibration
 

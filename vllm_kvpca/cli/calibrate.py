@@ -263,7 +263,7 @@ def _command_line() -> str:
 
 
 @contextmanager
-def _progress(console: Console, total: int, done: int) -> Iterator[Callable[[int], None]]:
+def _progress(console: Console, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
     columns = (
         SpinnerColumn(),
         TextColumn("tokens"),

@@ -27,6 +27,7 @@ from vllm_kvpca.cli import (
     plot,
     presets,
     tables,
+    tune,
 )
 from vllm_kvpca.errors import KvpcaError
 
@@ -87,6 +88,7 @@ app.command("metrics-docs")(metrics_docs.metrics_docs)
 app.command("plot")(plot.plot)
 app.command("presets")(presets.presets)
 app.command("tables")(tables.tables)
+app.command("tune")(tune.tune)
 
 if __name__ == "__main__":
     app()

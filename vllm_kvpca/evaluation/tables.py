@@ -16,10 +16,12 @@ from vllm_kvpca.errors import OptionsError
 from vllm_kvpca.evaluation import answer_tables as answers
 from vllm_kvpca.evaluation import operation_tables as operation
 from vllm_kvpca.evaluation.cells import stored, thresholds
+from vllm_kvpca.evaluation.codec_tables import CODEC_HEADS, CODEC_TABLES, codec_rows
 from vllm_kvpca.evaluation.engine import STOCK
 from vllm_kvpca.evaluation.quality import put_beside
 from vllm_kvpca.evaluation.record import Record
 
+_Rows = Callable[[Record], list[list[str]]]
 _BENCHES = ("kernels", "engine", "memory-limited")
 _TABLE = re.compile(r"(<!-- table:(?P<kind>[a-z-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
@@ -43,7 +45,8 @@ def table(kind: str, records: Sequence[Record]) -> str:
     if kind not in _TABLES:
         raise OptionsError(f"there is no table {kind!r}; known: {', '.join(_TABLES)}.")
     heads, rows = _TABLES[kind]
-    chosen = sorted((r for r in records if r.kind == kind), key=_order)
+    of_kind = "codec-study" if kind in CODEC_TABLES else kind
+    chosen = sorted((r for r in records if r.kind == of_kind and rows(r)), key=_order)
     if kind == "quality-transformers":
         chosen = [put_beside(record, records) for record in chosen]
     if not chosen:
@@ -66,6 +69,7 @@ def _command(kind: str) -> str:
         "metrics-overhead": "metrics_overhead",
         "soak": "soak",
     }
+    scripts |= dict.fromkeys(CODEC_TABLES, "codec_study")
     if kind in scripts:
         return f"python benchmarks/{scripts[kind]}.py"
     others = {"calibration": "vllm-kvpca calibrate", "key-bias": "python benchmarks/key_bias.py"}
@@ -285,7 +289,6 @@ _LOAD_HEADS = [
     "p99",
 ]
 _PRESET = ["preset", "raw / archived bytes of K and V (of V alone)"]
-_Rows = Callable[[Record], list[list[str]]]
 _Heads = list[str] | Callable[[Record], list[str]]
 _TABLES: dict[str, tuple[_Heads, _Rows]] = {
     "calibration": (
@@ -357,6 +360,7 @@ _TABLES: dict[str, tuple[_Heads, _Rows]] = {
     "divergence": (answers.DIVERGENCE_HEADS, answers.divergence),
     "quality-transformers": (answers.TRANSFORMERS_HEADS, answers.transformers),
     "tasks": (answers.TASKS_HEADS, answers.tasks),
+    **{name: (CODEC_HEADS, codec_rows(group)) for name, group in CODEC_TABLES.items()},
     "kernels": (_kernel_heads, _kernels),
     "engine": (
         [

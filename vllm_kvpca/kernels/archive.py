@@ -73,7 +73,7 @@ def archive(
         recent,
         key,
         value,
-        checked_basis(codec.k_basis),
+        checked_basis(codec.k_encoder),
         checked_basis(codec.v_basis),
         (
             *pages.stride()[:2],
@@ -316,17 +316,19 @@ def _encode_band(
         _put(code_rows(page, token, CODES, byte, raw_type), CODES, y.to(raw_type), mask, valid)
     elif bits == 8:
         y, mask = _components(source, basis, column, width, HEAD_DIM, CHUNK, TILE)
-        scale, divisor = _scale(tl.max(tl.abs(y), 1), 127.0)
+        scale, divisor = _scale(tl.div_rn(tl.max(tl.abs(y), 1), 127.0))
         tl.store(scales, scale, mask=valid)
-        code = _round(y, divisor, 127.0).to(tl.uint8)
+        code = _round(y, divisor, -127.0, 127.0).to(tl.uint8)
         _put(code_rows(page, token, CODES, byte, tl.uint8), CODES, code, mask, valid)
     elif bits == 4:
         half: tl.constexpr = width // 2
         low, mask = _components(source, basis, column, half, HEAD_DIM, CHUNK, TILE)
         high, _ = _components(source, basis, column + half, half, HEAD_DIM, CHUNK, TILE)
-        scale, divisor = _scale(tl.max(tl.maximum(tl.abs(low), tl.abs(high)), 1), 7.0)
+        most = tl.max(tl.maximum(low, high), 1)
+        least = tl.min(tl.minimum(low, high), 1)
+        scale, divisor = _scale(tl.where(most > -least, most, least) * -0.125)
         tl.store(scales, scale, mask=valid)
-        code = (_round(low, divisor, 7.0) & 15) | (_round(high, divisor, 7.0) << 4)
+        code = (_round(low, divisor, -8.0, 7.0) & 15) | (_round(high, divisor, -8.0, 7.0) << 4)
         code = (code & 255).to(tl.uint8)
         _put(code_rows(page, token, CODES, byte, tl.uint8), CODES, code, mask, valid)
 
@@ -377,28 +379,28 @@ def _load(source, columns, mask):
 
 
 @triton.jit
-def _scale(largest, qmax):
-    """absmax / qmax rounded to bfloat16, and what to divide by: 1 for a zero vector.
+def _scale(exact):
+    """The scale rounded to bfloat16, never -0, and what to divide by: 1 for a zero vector.
 
     The rounding (ties to even) is spelled out because Triton's interpreter truncates.
     """
-    bits = tl.div_rn(largest, qmax).to(tl.uint32, bitcast=True)
+    bits = exact.to(tl.uint32, bitcast=True)
     bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    bits = tl.where(bits == 0x8000, 0, bits)
     scale = bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    rounded = scale.to(tl.float32)
-    return scale, tl.where(rounded > 0, rounded, 1.0)
+    return scale, tl.where(bits == 0, 1.0, scale.to(tl.float32))
 
 
 @triton.jit
-def _round(y, divisor, qmax):
-    """Codes in [-qmax, qmax] as int32, rounded half to even as torch.round does.
+def _round(y, divisor, low, high):
+    """Codes in [low, high] as int32, rounded half to even as torch.round does.
 
     Adding 1.5 * 2^23 leaves float32 no bits for a fraction, so the addition itself rounds,
     and ties to even. |y / divisor| stays below 256, far inside the trick's range of 2^22.
     """
     magic = 12582912.0
     rounded = (tl.div_rn(y, divisor[:, None]) + magic) - magic
-    return tl.clamp(rounded, -qmax, qmax).to(tl.int32)
+    return tl.clamp(rounded, low, high).to(tl.int32)
 
 
 @triton.jit

@@ -194,7 +194,7 @@ def _add_values(sums, p, fade, page, token, v_page, v_token, valid, AT: tl.const
         else:
             if v == 0 or V[v][2] != V[v - 1][2] or V[v - 1][0] == 16:
                 w = p * _scales(page + (AT[7] + 2 * V[v][2]), token, valid, AT[8])[None, :]
-                largest = tl.maximum(tl.max(w, 1), 1e-30)
+                largest = tl.maximum(tl.max(tl.abs(w), 1), 1e-30)  # scales may be negative
                 hi, lo = two_terms(w * (1 / largest * LEVELS)[:, None])
                 if ROWS == 8:
                     hi = stacked(hi, lo)

@@ -21,7 +21,11 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from vllm_kvpca.codec.basis import hadamard_basis, orthonormality_error
+from vllm_kvpca.codec.basis import (
+    ORTHONORMAL_TOLERANCE,
+    hadamard_basis,
+    orthonormality_error,
+)
 from vllm_kvpca.errors import PresetInvalid, PresetMismatch, PresetNotFound
 from vllm_kvpca.pages.layout import ArchiveLayout
 from vllm_kvpca.preset.formats import DEFAULT, DEFAULT_WITH_KEY_BIAS, FORMATS, RECOMMENDED
@@ -33,8 +37,8 @@ CARD_FILE = "README.md"
 TEXTS_FILE = "calibration.json"
 MAX_CONFIG_BYTES = 1 << 20
 MAX_BASIS_BYTES = 4 << 30
-ORTHONORMAL_TOLERANCE = 5e-3
-"""Entries of float16 bases are off by up to 5e-4; sums over 256 of them stay below this."""
+MAX_CONDITION = 1e4
+"""Of bases that are not orthonormal: beyond this the float16 of a file is not exact enough."""
 
 
 @dataclass(frozen=True)
@@ -284,7 +288,7 @@ def _load_bases(name: str, path: Path, config: PresetConfig) -> dict[str, torch.
         tensors = load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise PresetInvalid(f"{path} cannot be read ({error}): truncated? {again}") from error
-    wanted = [which for which in "kv" if getattr(config, which).basis == "pca"]
+    wanted = [which for which in "kv" if getattr(config, which).calibrated]
     if set(tensors) != {f"{which}_basis" for which in wanted}:
         raise PresetInvalid(f"{path} holds {sorted(tensors)}, not the bases of {wanted}. {again}")
     return {w: _check_basis(path, w, tensors[f"{w}_basis"], config, again) for w in wanted}
@@ -304,6 +308,14 @@ def _check_basis(
         )
     if not torch.isfinite(basis).all():
         raise PresetInvalid(f"{path}: {which}_basis holds NaN or infinity. {again}")
+    if getattr(config, which).basis == "balanced":
+        condition = float(torch.linalg.cond(basis.double()).max())
+        if not condition < MAX_CONDITION:
+            raise PresetInvalid(
+                f"{path}: {which}_basis cannot be inverted (condition number {condition:.3g}). "
+                f"{again}"
+            )
+        return basis.float()
     error = orthonormality_error(basis)
     if error > ORTHONORMAL_TOLERANCE:
         raise PresetInvalid(

@@ -77,6 +77,7 @@ CALIBRATED_FORMATS: dict[str, CalibratedFormat] = {
         "K raw, V in its PCA basis: the strongest 3/8 of the components in int8, the rest in int4.",
         _RAW,
         _tensor("pca", ("3/8", 8), ("5/8", 4)),
+        mixed=True,
     ),
     "k7v4": CalibratedFormat(
         "K in a basis weighted by the queries: 3/4 of the components in int8, the rest in int4. "
@@ -93,6 +94,13 @@ CALIBRATED_FORMATS: dict[str, CalibratedFormat] = {
         _HADAMARD_4,
         mixed=True,
         query_weighted=True,
+    ),
+    "k4v4": CalibratedFormat(
+        "K in int4 in a basis balanced between keys and queries, which is not orthonormal. "
+        "V in int4 after a Hadamard rotation.",
+        _tensor("balanced", ("1", 4)),
+        _HADAMARD_4,
+        mixed=True,
     ),
     "v-rank-int8": CalibratedFormat(
         "K raw, V cut to 3/4 of its PCA components in int8. Kept for comparison: dropping "
