@@ -68,9 +68,13 @@ def study() -> Record:
     rows = [
         {"group": group, "name": name, "k": k, "v": v, "total_ratio": 2.0}
         | {"perplexity_change": change, "perplexity_change_ci95": [change - 0.001, change + 0.002]}
+        | {"first_tokens_raw": 0, "edge_layers_raw": 0}
         for group, name, k, v, change in (
             ("peers", "vLLM fp8", "fp8", "fp8", 0.014),
-            ("together", "k8v4", "identity 1:8", "hadamard 1:4", 0.011),
+            ("together", "older", "identity 1:8", "hadamard 1:4", 0.011),
+            ("signed", "newer", "identity 1:8", "hadamard 1:4 signed", 0.008),
+            ("signed", "seven", "weighted+mix 3/4:8 1/4:4 signed", "hadamard 1:4 signed", 0.008),
+            ("together", "five", "weighted+mix 1/4:8 3/4:4", "hadamard 1:4", 0.015),
             ("V alone", "V pca 3/4:8 1/4:0", "raw", "pca 3/4:8 1/4:0", 0.4),
             ("K alone", "K pca 1:2", "pca 1:2", "raw", 3.5),
         )
@@ -129,10 +133,12 @@ def test_a_study_is_not_mixed_with_what_the_engine_measured():
     (figure,) = [f for f in figures([quality("k8v4", 2.6, 0.002, "M-135M"), study()])
                  if f.name.startswith("frontier")]  # fmt: skip
     assert [one.kind for one in figure.records] == ["codec-study"]
-    found = {point.name: point for point in study_points(study())}
+    found = {point.name: point for point in study_points([study()])}
     assert {name: point.group for name, point in found.items()} == {
-        "vLLM fp8": "peers", "k8v4": "preset", "v-rank-int8": "preset", "K pca 1:2": "study",
+        "vLLM fp8": "peers", "K pca 1:2": "study", "older": "study",
+        "k8v4": "preset", "k7v4": "preset", "k5v4": "preset", "v-rank-int8": "preset",
     }  # fmt: skip
+    assert found["k8v4"].loss == pytest.approx(0.8)  # with all 16 levels, as the product has it
     assert found["vLLM fp8"].perplexity == pytest.approx(10.14)
 
 

@@ -63,7 +63,7 @@ def _figures(records: Sequence[Record]) -> Iterator[Figure]:
     quality = [r for r in of("quality") if r.settings["compress_after"] == 0]
     for chosen in by_model([*quality, *of("codec-study")]).values():
         studies = [record for record in chosen if record.kind == "codec-study"]
-        yield Figure(f"frontier-{_short(chosen[0])}", studies[-1:] or chosen, draw_frontier)
+        yield Figure(f"frontier-{_short(chosen[0])}", studies or chosen, draw_frontier)
     if quality:
         yield Figure("perplexity", quality, draw_models)
     for chosen in (of("codec-study"), quality):

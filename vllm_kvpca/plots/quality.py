@@ -6,9 +6,11 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from vllm_kvpca.codec.bands import RAW_BITS
 from vllm_kvpca.evaluation.record import Record
 from vllm_kvpca.plots.themes import Theme, legend_below, pyplot, style, title
 from vllm_kvpca.preset.formats import CALIBRATED_FORMATS, FORMATS
+from vllm_kvpca.preset.schema import TensorFormat
 
 _LINEAR = 0.1
 """Per cent: below this the axis of losses is linear, so that it can show zero and less."""
@@ -17,13 +19,8 @@ _OFF = 5.0
 """Per cent: points that lose more would squeeze all others together."""
 
 
-_OURS = {
-    ("raw", "pca 3/8:8 5/8:4"): "v-mixed",
-    ("raw", "pca 3/4:8 1/4:0"): "v-rank-int8",
-    ("raw", "hadamard 3/8:8 5/8:4"): "v-hadamard-mixed",
-    ("hadamard 1:8", "hadamard 1:4"): "kh8v4",
-}
-"""Formats of ours that the codec study names by what it does to K and V."""
+_SIGNED = " signed"
+"""How the codec study spells the 4-bit codes of the product, which use all 16 levels."""
 
 
 class Point(NamedTuple):
@@ -45,18 +42,51 @@ def points(records: Sequence[Record]) -> list[Point]:
     return sorted(found, key=_along)
 
 
-def study_points(record: Record) -> list[Point]:
-    """All options of a codec study; those that are formats of ours count as presets."""
-    results: Any = record.results
+def study_points(records: Sequence[Record]) -> list[Point]:
+    """All options of one model's codec studies; formats of ours count as presets."""
+    rows: list[Any] = [row for record in records for row in _results(record)["rows"]]
+    stock = _results(records[-1])["perplexity_stock"]
+    ours = {id(row): name for name in _formats() if (row := _row_of(name, rows))}
     found = []
-    for row in results["rows"]:
-        name = _OURS.get((row["k"], row["v"]), row["name"])
+    for row in rows:
         group = "peers" if row["group"] == "peers" else "study"
-        if name in FORMATS or name in CALIBRATED_FORMATS:
-            group = "preset"
-        perplexity = results["perplexity_stock"] * (1 + row["perplexity_change"])
-        found.append(_point(name, group, row, {**row, "perplexity": perplexity}))
+        name = ours.get(id(row), row["name"])
+        results = {**row, "perplexity": stock * (1 + row["perplexity_change"])}
+        found.append(_point(name, "preset" if id(row) in ours else group, row, results))
     return sorted(found, key=_along)
+
+
+def _row_of(name: str, rows: Sequence[Any]) -> Any:
+    """The row that does what a format does; one with 15 levels, if none has 16."""
+    wanted = _formats()[name]
+    k, v = _spec(wanted.k, wanted), _spec(wanted.v, wanted)
+    plain = [row for row in rows if not (row["first_tokens_raw"] or row["edge_layers_raw"])]
+    for keys in ((k, v), (k.removesuffix(_SIGNED), v.removesuffix(_SIGNED))):
+        if found := [row for row in plain if (row["k"], row["v"]) == keys]:
+            return found[-1]
+    return None
+
+
+def _formats() -> dict[str, Any]:
+    return {**FORMATS, **CALIBRATED_FORMATS}
+
+
+def _spec(tensor: TensorFormat, wanted: Any) -> str:
+    """A tensor's format in the words of the codec study, e.g. "weighted+mix 1/4:8 3/4:4 signed"."""
+    if tensor.bands[0].bits == RAW_BITS:
+        return "raw"
+    basis: str = tensor.basis
+    if basis == "pca" and getattr(wanted, "query_weighted", False):
+        basis = "weighted"
+    if tensor.calibrated and wanted.mixed:
+        basis += "+mix"
+    bands = " ".join(f"{band.share}:{band.bits}" for band in tensor.bands)
+    signed = _SIGNED if any(band.bits == 4 for band in tensor.bands) else ""
+    return f"{basis} {bands}{signed}"
+
+
+def _results(record: Record) -> Any:
+    return record.results
 
 
 def _along(point: Point) -> tuple[float, str]:
@@ -90,7 +120,7 @@ def draw_frontier(records: Sequence[Record], theme: Theme) -> Any:
     study the presets through the engine. The two are not mixed: the study's tokens attend to
     themselves as stored, the engine's to the last few raw ones."""
     studies = [record for record in records if record.kind == "codec-study"]
-    found = study_points(studies[-1]) if studies else points(records)
+    found = study_points(studies) if studies else points(records)
     figure, axes = pyplot().subplots(figsize=(10, 5), layout="constrained")
     kinds = {
         "study": ("other options tried", theme.cycle[4], "o", 14, 1),
@@ -246,7 +276,7 @@ def by_format(records: Sequence[Record]) -> dict[str, list[tuple[float, Point]]]
     for model, chosen in by_model(records).items():
         millions = size(model)
         studies = [record for record in chosen if record.kind == "codec-study"]
-        both = study_points(studies[-1]) if studies else points(chosen)
+        both = study_points(studies) if studies else points(chosen)
         for point in both:
             if millions and point.group == "preset":
                 found.setdefault(point.name, []).append((millions, point))
