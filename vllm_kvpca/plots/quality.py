@@ -171,7 +171,8 @@ def _label(
     """A name beside a point: below it if one close by is above, left if one is to the right."""
     near = [o for o in others if _close(o, point, 0.35, 3)]
     below = any(o.loss > point.loss for o in near)
-    left = point.ratio > 1.5 and any(o.ratio > point.ratio + 0.02 for o in near)
+    beside = [o for o in near if _close(o, point, 0.35, 1.5)]
+    left = point.ratio > 1.5 and any(o.ratio > point.ratio + 0.02 for o in beside)
     axes.annotate(
         text,
         (point.ratio, y),
