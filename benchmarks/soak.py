@@ -1,6 +1,9 @@
 """A server under random load for many minutes: no error, true metrics, no leak.
 
-    python benchmarks/soak.py [--minutes 20] [--stock]
+    LD_PRELOAD=libtcmalloc_minimal.so.4 python benchmarks/soak.py [--minutes 20] [--stock]
+
+tcmalloc is what vLLM advises on a CPU; under glibc's allocator the heap of the worker grows with
+every new batch size, stock's too.
 
 Clients send completions of random lengths, streamed or not, some with a prompt that came before;
 some drop the connection in mid-stream, some cancel while they wait. The pool of blocks is small,
@@ -18,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import random
 import sys
 import tempfile
@@ -244,10 +248,13 @@ def main(minutes: float, compressed: bool) -> int:
         "prompt_tokens": list(PROMPT),
         "answer_tokens": list(ANSWER),
         "kinds_per_cent": KINDS,
+        "preloaded": Path(os.environ.get("LD_PRELOAD", "")).name,
     }
     model = str(ensure(ModelName.smollm2))
     record = make_record("soak", [str(settings["preset"])], model, settings, results, seed=SEED)
     command = f"python benchmarks/soak.py --minutes {minutes:g}{'' if compressed else ' --stock'}"
+    if settings["preloaded"]:
+        command = f"LD_PRELOAD={settings['preloaded']} {command}"
     print(record.model_copy(update={"command": command}).write())
     return 0
 
