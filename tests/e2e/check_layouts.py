@@ -31,7 +31,7 @@ from vllm_kvpca.cli.demo_model import ModelName, ensure
 from vllm_kvpca.evaluation.record import load_all, make_record
 from vllm_kvpca.metrics import all_series
 
-LENGTHS = [(100, 50), (300, 60), (450, 40), (700, 80), (900, 30), (240, 40)] * 2
+LENGTHS = [(100, 50), (300, 60), (450, 40), (700, 80), (900, 30), (240, 40)]
 """Tokens of prompts and answers: some stay raw, some are archived from the start or on the way."""
 KV_HEADS, LAYERS = 3, 30  # of SmolLM2-135M
 HEAD_BYTES = 100  # of one archived token and head: 64 x 8 bits, 64 x 4 bits, two scales
