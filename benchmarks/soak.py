@@ -46,9 +46,9 @@ from vllm_kvpca.cli.demo_model import ModelName, ensure
 from vllm_kvpca.evaluation.record import make_record
 
 CLIENTS, SEED = 32, 0
-BLOCKS = {True: 200, False: 400}
-"""Of the pool, compressed and stock: stock's hold 16 tokens, ours 32 raw ones. Few, so that
-requests are preempted."""
+BLOCKS = {True: 200, False: 50}
+"""Of the pool, compressed and stock: as many bytes, because ours hold 32 raw tokens and those of
+stock vLLM on a CPU 128. Few, so that requests are preempted."""
 PROMPT, ANSWER = (16, 1500), (8, 160)
 """Shortest and longest prompt and answer, tokens; lengths in between are log-uniform."""
 KINDS = {"streamed": 45, "whole": 25, "disconnected": 20, "cancelled": 10}
