@@ -40,7 +40,7 @@ from openai import APIConnectionError, APIStatusError, APITimeoutError, AsyncOpe
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from e2e.server import API_KEY, COMPRESSED, NAME, POLICY, STOCK, Scrape, Server, serve
-from e2e.truth import contradictions, counters, fallen, held
+from e2e.truth import contradictions, counters, fallen, held, pools
 
 from vllm_kvpca.cli.demo_model import ModelName, ensure
 from vllm_kvpca.evaluation.record import make_record
@@ -141,6 +141,7 @@ async def client(number: int, server: Server, until: float, outcome: Outcome) ->
 async def watch(server: Server, compressed: bool, until: float, outcome: Outcome) -> None:
     """Read metrics and memory until the end; a reading that is torn is taken again at once."""
     began, before = time.monotonic(), {}
+    whole: list[float] = []
     async with httpx.AsyncClient(timeout=120) as http:
         while time.monotonic() < until:
             await asyncio.sleep(SCRAPE_EVERY)
@@ -149,6 +150,9 @@ async def watch(server: Server, compressed: bool, until: float, outcome: Outcome
                 scrape = Scrape((await http.get(f"{server.url}/metrics")).text)
                 outcome.scrapes += 1
                 wrong = contradictions(scrape)
+                whole = whole or pools(scrape)
+                if pools(scrape) != whole:
+                    wrong.append(f"the pool had {whole} bytes and has {pools(scrape)}")
                 outcome.errors += fallen(before, now := counters(scrape))
                 before = now
                 if not wrong:
