@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from vllm_kvpca.codec.bands import Band, signed_nibbles
+from vllm_kvpca.codec.policy import Policy
 from vllm_kvpca.kernels import reference
 from vllm_kvpca.kernels.layer_codec import LayerCodec
 from vllm_kvpca.pages.layout import ArchiveLayout
@@ -88,6 +89,13 @@ def step_tensors(sequences: Sequences, device="cpu") -> tuple[torch.Tensor, ...]
         x[1:]
         for x in (query_start.to(device), (computed + new).to(device), start.clone().to(device))
     )
+
+
+def busy_list(starts: torch.Tensor, lengths: torch.Tensor, policy: Policy) -> torch.Tensor:
+    """What starts.list_busy makes, by the policy itself."""
+    pairs = zip(starts.tolist(), lengths.tolist(), strict=True)
+    rows = [row for row, (start, n) in enumerate(pairs) if policy.boundary(n) > start]
+    return torch.tensor([len(rows), *rows], dtype=torch.int32, device=starts.device)
 
 
 def filled_recent(

@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 
 import vllm_kvpca
 from vllm_kvpca.cli import (
+    api_docs,
     bench,
     calibrate,
     dashboards,
@@ -71,6 +72,7 @@ def _root(
     pass
 
 
+app.command("api-docs")(api_docs.api_docs)
 app.add_typer(bench.app, name="bench")
 app.command("calibrate")(calibrate.calibrate)
 app.command("dashboards")(dashboards.dashboards)

@@ -111,13 +111,19 @@ class _GroupManager(SingleTypeKVCacheManager):
         _check_room(self.block_pool, spec.max_model_len)
         self.held: Counter[int] = Counter()
         """Blocks in use by id, with the number of sequences that use each."""
+        self.uses = 0
+        """The sum of those numbers."""
 
     def _hold(self, blocks: Iterable[KVCacheBlock]) -> None:
-        self.held.update(block.block_id for block in blocks if not block.is_null)
+        for block in blocks:
+            if not block.is_null:
+                self.held[block.block_id] += 1
+                self.uses += 1
 
     def _release(self, blocks: Iterable[KVCacheBlock]) -> None:
         for block in blocks:
             if not block.is_null:
+                self.uses -= 1
                 self.held[block.block_id] -= 1
                 if not self.held[block.block_id]:
                     del self.held[block.block_id]
