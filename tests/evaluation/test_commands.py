@@ -31,7 +31,7 @@ def test_quality_counts_what_was_archived(model, tmp_path):
     chosen = ["--chunk", "32", "--dtype", "float16", "--kv-gib", "0.5", "--thresholds", "0:0"]
     output = ["--preset", "k8v4", "--output", str(tmp_path / "records")]
     evaluate("quality", *common, *chosen, *output)
-    [record] = load_all(tmp_path / "records")
+    [record] = load_all(tmp_path / "records", "quality")
     results = record.results
     assert results["predicted_tokens"] == 2 * 511
     assert results["dtype"] == "float16"
@@ -39,6 +39,18 @@ def test_quality_counts_what_was_archived(model, tmp_path):
     # An int4 V costs something; a broken archive costs everything.
     assert 1e-6 < results["kl_lower_bound_mean_nats"] < 0.1
     assert abs(results["perplexity_change"]) < 0.1
+    # The same through transformers: the same tokens are archived, so both lose alike, but for the
+    # rounding of float16 on one way and float32 on the other.
+    elsewhere = ["--through", "transformers", "--dtype", "float32"]
+    evaluate("quality", *common, *chosen, *output, *elsewhere)
+    [other] = load_all(tmp_path / "records", "quality-transformers")
+    theirs = other.results
+    for name in ("boundary_step_tokens", "predicted_tokens", "archived_share_of_attended_keys"):
+        assert theirs[name] == results[name]
+    assert abs(theirs["perplexity_change"] - results["perplexity_change"]) < 0.002
+    bounds = [r["kl_lower_bound_mean_nats"] for r in (results, theirs)]
+    assert abs(bounds[0] - bounds[1]) < 0.2 * bounds[0]
+    assert theirs["kl_lower_bound_mean_nats"] < theirs["kl_mean_nats"]
 
 
 def test_block_life_ends_with_an_empty_pool(model, tmp_path):

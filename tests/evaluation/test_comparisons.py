@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 
 from vllm_kvpca.errors import OptionsError
-from vllm_kvpca.evaluation import block_life, capacity, identity, load, quality, runs
+from vllm_kvpca.evaluation import (
+    block_life,
+    capacity,
+    comparison,
+    divergence,
+    identity,
+    load,
+    quality,
+    reading,
+)
 from vllm_kvpca.evaluation.identity import Answer
 
 
@@ -23,6 +32,20 @@ def test_identity_finds_the_first_difference_and_its_gap():
 def test_identity_of_equal_answers_has_no_gap():
     same = [Answer([1], [0.0])]
     assert identity.compare(same, same, [5])["largest_gap_nats"] is None
+
+
+def test_divergence_is_a_distribution_of_lengths():
+    stock = [Answer([1, 2, 3, 4], [0.5, 0.25, 1, 1]) for _ in range(4)]
+    others = [[1, 9, 3, 4], [1, 2, 3, 4], [9, 2, 3, 4], [1, 2, 3, 9]]
+    results = divergence.compare(stock, [Answer(x, [0] * 4) for x in others], [7, 8, 9, 10])
+    assert [row["same_tokens"] for row in results["prompts"]] == [1, 4, 0, 3]
+    assert [row["gap_nats"] for row in results["prompts"]] == [0.25, None, 0.5, 1]
+    assert results["prompts"][3]["prompt_tokens"] == 10
+    assert results["same_tokens_quartiles"] == [0.75, 2, 3.25]
+    assert results["never_parted"] == 0.25
+    assert (results["gap_median_nats"], results["gap_largest_nats"]) == (0.5, 1)
+    same = divergence.compare(stock, stock, [7] * 4)
+    assert same["never_parted"] == 1 and same["gap_median_nats"] is None
 
 
 def scores(rng, share):
@@ -59,7 +82,7 @@ def test_quality_sees_a_difference():
 
 
 def test_quality_settings_move_all_windows_together():
-    settings = quality.settings_for("m", [[0] * 100] * 5, 16, "k8v4", (0, 0))
+    settings = reading.settings_for("m", [[0] * 100] * 5, 16, "k8v4", (0, 0))
     assert settings.max_num_seqs == 5
     assert settings.max_num_batched_tokens == 80
     assert settings.chunk == 16
@@ -99,7 +122,7 @@ def test_block_life_in_mib():
 
 
 def test_thresholds():
-    assert runs.parse_thresholds("512:256") == (512, 256)
+    assert comparison.parse_thresholds("512:256") == (512, 256)
     for wrong in ("512", "a:b", "1:-1", ""):
         with pytest.raises(OptionsError, match="AFTER:RECENT"):
-            runs.parse_thresholds(wrong)
+            comparison.parse_thresholds(wrong)

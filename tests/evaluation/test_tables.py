@@ -7,6 +7,25 @@ from vllm_kvpca.cli.main import app
 from vllm_kvpca.errors import OptionsError
 from vllm_kvpca.evaluation.tables import table, update
 
+FACTS = {
+    "cells": [{"archived_share": 0.0}, {"archived_share": 1.0}],
+    "exact_stock": 0.25,
+    "exact": 0.125,
+    "token_accuracy_stock": 0.8,
+    "token_accuracy": 0.7,
+    "logprob_change": -0.1,
+    "logprob_change_ci95": [-0.2, 0.0],
+    "answers": 40,
+    "dtype": "float16",
+}
+PARTED = {
+    "prompts": [{}, {}],
+    "generated_tokens": 8,
+    "same_tokens_quartiles": [1.0, 2.5, 4.0],
+    "never_parted": 0.5,
+    "gap_median_nats": 0.02,
+    "dtype": "float16",
+}
 PAGE = "# Title\n\n<!-- table:capacity -->\nold\n<!-- /table -->\n\nafter\n"
 
 
@@ -40,6 +59,7 @@ def test_every_row_has_as_many_cells_as_the_head(make):
         "predicted_tokens": 20470,
         "archived_share_of_attended_keys": 0.94,
         "dtype": "float16",
+        "boundary_step_tokens": 80,
     }
     row = {"identical_tokens": 3, "generated_tokens": 4}
     speeds = {"prompt_tokens_per_second": 10.0, "decode_tokens_per_second": 5.0}
@@ -55,6 +75,16 @@ def test_every_row_has_as_many_cells_as_the_head(make):
                 "dtype": "float16",
             },
         ),
+        make(kind="needle", slug="n", through="engine", results=FACTS),
+        make(kind="recall", slug="r", through="transformers", results=FACTS),
+        make(kind="divergence", results=PARTED),
+        make(kind="quality-transformers", results=quality | {"kl_mean_nats": 0.01}),
+        make(
+            kind="quality-transformers",
+            slug="m-alone",
+            windows=7,
+            results=quality | {"kl_mean_nats": 0.01},
+        ),
         make(kind="throughput", results={"stock": speeds, "preset": speeds, **ratios}),
         make(),
     ]
@@ -62,6 +92,11 @@ def test_every_row_has_as_many_cells_as_the_head(make):
         lines = [x for x in table(record.kind, records).splitlines() if x.startswith("|")]
         assert len({line.count("|") for line in lines}) == 1
     assert "+0.55% (+0.10% to +1.00%)" in table("quality", records)
+    assert "| 50% | 25.0% | 12.5% | 80.0% | 70.0% | -0.1000" in table("needle", records)
+    both = table("quality-transformers", records)
+    assert "| float16 / float16 | +0.55% (+0.10% to +1.00%) | +0.55% |" in both
+    assert "| float16 / not measured |" in both
+    assert "| 1, 2.5, 4 | 8 | 50% | 0.020 | 2 |" in table("divergence", records)
 
 
 def test_unknown_table_and_missing_record_are_refused(make):

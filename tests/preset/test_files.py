@@ -347,7 +347,7 @@ def test_every_shipped_preset_loads(name, no_hub):
     assert load_preset(name).name == name
 
 
-def test_the_hub_is_asked_for_three_files_only(folder, monkeypatch):
+def test_the_hub_is_asked_for_a_presets_files_only(folder, monkeypatch):
     asked = {}
 
     def download(name, allow_patterns):
@@ -358,7 +358,7 @@ def test_the_hub_is_asked_for_three_files_only(folder, monkeypatch):
     assert load_preset("someone/kv-preset").config.format == "v-mixed"
     assert asked == {
         "name": "someone/kv-preset",
-        "files": ["config.json", "basis.safetensors", "README.md"],
+        "files": ["config.json", "basis.safetensors", "README.md", "calibration.json"],
     }
 
 

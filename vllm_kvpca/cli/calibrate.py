@@ -62,6 +62,7 @@ def calibrate(
     ] = None,
 ) -> None:
     """Fit the bases of a format to a model and write a preset folder."""
+    from vllm_kvpca.calibration import overlap
     from vllm_kvpca.calibration import text as texts
     from vllm_kvpca.calibration.card import Source, write_card
     from vllm_kvpca.calibration.collect import attention_shape
@@ -103,6 +104,7 @@ def calibrate(
     save_preset(
         output, config, bases, write_card(config, source, band_energy(moments, bases, config))
     )
+    overlap.save(output, files)
     print(output)
     (output / UNFINISHED).unlink(missing_ok=True)
     rows = spread(every, shape.layers)
@@ -261,7 +263,7 @@ def _command_line() -> str:
 
 
 @contextmanager
-def _progress(console: Console, total: int, done: int) -> Iterator[Callable[[int], None]]:
+def _progress(console: Console, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
     columns = (
         SpinnerColumn(),
         TextColumn("tokens"),

@@ -33,6 +33,20 @@ KeepRecent = Annotated[int, typer.Option(help="Raw tokens at the end of a longer
 Dtype = Annotated[str, typer.Option(help="auto, bfloat16 or float16.")]
 MaxModelLen = Annotated[int, typer.Option(help="Longest sequence, tokens.")]
 BatchedTokens = Annotated[int, typer.Option(help="Tokens per step, over all requests.")]
+Chunk = Annotated[int, typer.Option(min=1, help="Tokens of each sequence per step.")]
+AllThresholds = Annotated[
+    list[str],
+    typer.Option(
+        "--thresholds",
+        help="compress_after:keep_recent; 0:0 archives every token that it can.",
+    ),
+]
+Through = Annotated[
+    str, typer.Option(help="engine; or transformers, for load_preset_cache without vLLM.")
+]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Keep what this command measured from this commit before.")
+]
 
 
 @app.command()
@@ -42,24 +56,32 @@ def quality(
     text: Text,
     tokens: Annotated[int, typer.Option(help="Tokens of text in all.")] = 20_480,
     window: Annotated[int, typer.Option(help="Tokens read as one sequence.")] = 2048,
-    chunk: Annotated[int, typer.Option(help="Tokens of each window per step.")] = 64,
-    thresholds: Annotated[
-        list[str],
-        typer.Option(help="compress_after:keep_recent; 0:0 archives every token that it can."),
-    ] = ["0:0", "512:256"],  # noqa: B006 - typer copies it
+    chunk: Chunk = 64,
+    thresholds: AllThresholds = ["0:0", "512:256"],  # noqa: B006 - typer copies it
+    through: Through = "engine",
     dtype: Dtype = "auto",
     kv_gib: KvGib = 2,
     eager: Eager = True,
     seed: Seed = 0,
     output: Output = RECORDS,
+    resume: Resume = False,
 ) -> None:
     """Perplexity, KL divergence and top-1 agreement, teacher-forced, against stock."""
-    from vllm_kvpca.evaluation import runs
+    from vllm_kvpca.evaluation import comparison, runs
 
-    pairs = [runs.parse_thresholds(pair) for pair in thresholds]
-    more: dict[str, Any] = {"dtype": dtype, "kv_gib": kv_gib, "eager": eager, "seed": seed}
-    records = runs.quality(model, preset, text, tokens, window, chunk, pairs, **more)
-    _write(
+    comparison.check_through(through)
+    kind = "quality" if through == comparison.ENGINE else f"quality-{through}"
+    more: dict[str, Any] = {
+        "thresholds": [comparison.parse_thresholds(pair) for pair in thresholds],
+        "through": through,
+        "dtype": dtype,
+        "kv_gib": kv_gib,
+        "eager": eager,
+        "seed": seed,
+        "done": comparison.finished(output, kind) if resume else comparison.nothing_done,
+    }
+    records = runs.quality(model, preset, text, tokens, window, chunk, **more)
+    write(
         records,
         output,
         lambda results: (
@@ -89,7 +111,7 @@ def identity(
 
     more: dict[str, Any] = {"kv_gib": kv_gib, "eager": eager, "seed": seed}
     records = runs.identity(model, preset, text, dtype, generated, **more)
-    _write(
+    write(
         records,
         output,
         lambda results: f"{results['identical_prompts']} of {len(results['prompts'])} identical",
@@ -111,7 +133,7 @@ def capacity(
 
     more = {"compress_after": compress_after, "keep_recent": keep_recent}
     records = runs.capacity(model, preset, kv_gib, max_model_len, **more)
-    _write(
+    write(
         records,
         output,
         lambda results: (
@@ -179,7 +201,7 @@ def throughput(
         "seed": seed,
     }
     records = runs.throughput(model, preset, requests, prompt_tokens, generated, repeats, **more)
-    _write(
+    write(
         records,
         output,
         lambda results: (
@@ -211,7 +233,7 @@ def block_life(
         "keep_recent": keep_recent,
     }
     records = runs.block_life(model, preset, prompt_tokens, generated, **more)
-    _write(
+    write(
         records,
         output,
         lambda results: (
@@ -220,7 +242,7 @@ def block_life(
     )
 
 
-def _write(records: Iterable[Record], output: Path, summary: Any) -> None:
+def write(records: Iterable[Record], output: Path, summary: Any) -> None:
     """Write each record as soon as it is there, and say in one line what it found."""
     from vllm_kvpca.evaluation.record import source_state
 

@@ -22,6 +22,7 @@ from vllm_kvpca.cli import (
     demo_model,
     doctor,
     evaluate,
+    evaluate_answers,
     metrics_docs,
     plot,
     presets,
@@ -79,6 +80,10 @@ app.command("dashboards")(dashboards.dashboards)
 app.command("demo-model")(demo_model.demo_model)
 app.command("doctor")(doctor.doctor)
 app.add_typer(evaluate.app, name="evaluate")
+evaluate.app.command("needle")(evaluate_answers.needle)
+evaluate.app.command("recall")(evaluate_answers.recall)
+evaluate.app.command("divergence")(evaluate_answers.divergence)
+evaluate.app.command("tasks")(evaluate_answers.tasks)
 app.command("metrics-docs")(metrics_docs.metrics_docs)
 app.command("plot")(plot.plot)
 app.command("presets")(presets.presets)

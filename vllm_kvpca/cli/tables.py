@@ -10,7 +10,7 @@ import typer
 from vllm_kvpca.cli.evaluate import RECORDS
 from vllm_kvpca.errors import OptionsError
 
-_NAMES = ("README.md", "docs/results.md", "docs/codec.md", "docs/calibration.md", "docs/deploy.md")
+_NAMES = ("README.md", "docs/results.md", "docs/calibration.md", "docs/deploy.md", "docs/codec.md")
 FILES = [Path(name) for name in _NAMES]
 
 

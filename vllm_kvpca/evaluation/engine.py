@@ -71,35 +71,44 @@ def start(settings: EngineSettings, in_core: bool = True, **more: Any) -> Any:
             how vLLM runs by default, which is what throughput must be measured with.
         more: further arguments of LLM.
     """
+    prepare_environment(in_core)
+    from vllm import LLM
+
+    return LLM(**(arguments(settings) | more))
+
+
+def prepare_environment(in_core: bool) -> None:
+    """Set what vLLM reads from the environment; before its first import."""
     if in_core:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would overrule kv_cache_memory_bytes
-    from vllm import LLM
 
+
+def arguments(settings: EngineSettings) -> dict[str, Any]:
+    """Arguments of vLLM's `LLM`."""
+    compression: dict[str, Any] = {}
     if settings.preset != STOCK:
-        more["additional_config"] = {
+        compression["additional_config"] = {
             "kv_compression": {
                 "preset": settings.preset,
                 "compress_after": settings.compress_after,
                 "keep_recent": settings.keep_recent,
             }
         }
-    more.setdefault("kv_cache_memory_bytes", int(settings.kv_gib * 2**30))
-    return LLM(
-        settings.model,
-        dtype=settings.dtype,
-        kv_cache_dtype=settings.kv_cache_dtype,
-        max_model_len=settings.max_model_len,
-        max_num_seqs=settings.max_num_seqs,
-        max_num_batched_tokens=settings.max_num_batched_tokens,
-        long_prefill_token_threshold=settings.chunk or 0,
-        # Every run computes its prompts anew.
-        enable_prefix_caching=False,
-        enforce_eager=settings.eager,
-        seed=settings.seed,
-        **more,
-    )
+    return compression | {
+        "model": settings.model,
+        "dtype": settings.dtype,
+        "kv_cache_dtype": settings.kv_cache_dtype,
+        "kv_cache_memory_bytes": int(settings.kv_gib * 2**30),
+        "max_model_len": settings.max_model_len,
+        "max_num_seqs": settings.max_num_seqs,
+        "max_num_batched_tokens": settings.max_num_batched_tokens,
+        "long_prefill_token_threshold": settings.chunk or 0,
+        "enable_prefix_caching": False,  # every run computes its prompts anew
+        "enforce_eager": settings.eager,
+        "seed": settings.seed,
+    }
 
 
 def stop(llm: Any) -> None:

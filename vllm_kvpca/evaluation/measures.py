@@ -35,10 +35,17 @@ def bootstrap_change(
     Args:
         stock, other: (windows, tokens).
     """
-    difference = stock.mean(1) - other.mean(1)
-    picks = np.random.default_rng(seed).integers(len(difference), size=(resamples, len(difference)))
-    low, high = np.quantile(difference[picks].mean(1), [(1 - level) / 2, (1 + level) / 2])
+    low, high = bootstrap_mean(stock.mean(1) - other.mean(1), seed, resamples, level)
     return float(np.expm1(low)), float(np.expm1(high))
+
+
+def bootstrap_mean(
+    values: Floats, seed: int, resamples: int = 10_000, level: float = 0.95
+) -> tuple[float, float]:
+    """Confidence interval of the mean of independent values, by the percentile bootstrap."""
+    picks = np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))
+    low, high = np.quantile(values[picks].mean(1), [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
 
 
 def kl_lower_bound(

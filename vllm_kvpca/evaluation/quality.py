@@ -1,10 +1,8 @@
 """What compression costs: stock against presets, teacher-forced through the served engine.
 
-Both engines read the same windows of text and return the log-probability of every token and of
-the likeliest ones (`prompt_logprobs`). All windows are in the engine at once and move in step,
-`chunk` tokens at a time. The tokens of one chunk attend to each other raw, so a small chunk,
-and compress_after = keep_recent = 0, is what "every token archived" comes closest to; what share
-of the attended keys of the compressed layers really was archived is part of the result.
+Both engines read the same windows of text (see `reading`) and return the log-probability of every
+token and of the likeliest ones. What share of the attended keys of the compressed layers really
+was archived is part of the result.
 """
 
 from __future__ import annotations
@@ -15,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from vllm_kvpca.evaluation import engine, measures
+from vllm_kvpca.codec.policy import Policy
+from vllm_kvpca.evaluation import measures, reading
 from vllm_kvpca.evaluation.engine import EngineSettings
-from vllm_kvpca.evaluation.progress import steps
+from vllm_kvpca.evaluation.record import Record
 
 TOP = 20
 """Stock's likeliest tokens that the KL divergence is taken over, with one bucket for the rest."""
@@ -46,76 +45,22 @@ class Scores:
     dtype: str
 
 
-def settings_for(
-    model: str,
-    windows: Sequence[Sequence[int]],
-    chunk: int,
-    preset: str = engine.STOCK,
-    thresholds: tuple[int, int] = (512, 256),
-    **more: Any,
-) -> EngineSettings:
-    """Engine settings with which all windows advance together, `chunk` tokens a step."""
-    return EngineSettings(
-        model=model,
-        preset=preset,
-        compress_after=thresholds[0],
-        keep_recent=thresholds[1],
-        max_model_len=max(map(len, windows)) + 1,
-        max_num_seqs=len(windows),
-        max_num_batched_tokens=len(windows) * chunk,
-        chunk=chunk,
-        **more,
-    )
-
-
 def score(settings: EngineSettings, windows: Sequence[Sequence[int]]) -> Scores:
-    """Run one engine over the windows, in a process of its own.
-
-    Raises:
-        RuntimeError: the engine ran out of KV memory and computed tokens twice.
-    """
-    return engine.in_process(_score, settings, windows)
-
-
-def _score(settings: EngineSettings, windows: Sequence[Sequence[int]]) -> Scores:
-    llm = engine.start(settings, max_logprobs=RETURNED)
-    from vllm import SamplingParams
-
-    params = SamplingParams(
-        temperature=0,
-        max_tokens=1,
-        prompt_logprobs=RETURNED,
-        flat_logprobs=True,
-        detokenize=False,
-    )
-    chunks = engine.watch_chunks(llm)
-    total = -(-max(map(len, windows)) // (settings.chunk or 1))
-    with steps(
-        f"{settings.preset} {settings.compress_after}/{settings.keep_recent}", total
-    ) as step:
-        outputs = engine.run(llm, windows, params, after_step=step)
-    if any(sum(chunks[str(i)]) != len(window) for i, window in enumerate(windows)):
-        raise RuntimeError("a window was computed twice: give the engine more KV memory.")
-    ids, logprobs = zip(*(_arrays(output.prompt_logprobs) for output in outputs), strict=True)
-    policy = engine.policy(llm)
+    """Run one engine over windows of equal length; see reading.read."""
+    read = reading.read(settings, windows, RETURNED)
+    policy = read.policy
     return Scores(
-        target=np.stack([values[:, 0] for values in logprobs]),
-        ids=np.stack([values[:, 1:] for values in ids]),
-        logprobs=np.stack([values[:, 1:] for values in logprobs]),
-        share=_share(chunks["0"], policy),
+        target=np.stack([values[:, 0] for values in read.logprobs]),
+        ids=np.stack([values[:, 1:] for values in read.ids]),
+        logprobs=np.stack([values[:, 1:] for values in read.logprobs]),
+        share=archived_share(read.chunks[0], policy),
         align=policy.align if policy else 0,
-        dtype=str(llm.llm_engine.model_config.dtype).removeprefix("torch."),
+        dtype=read.dtype,
     )
 
 
-def _arrays(flat: Any) -> tuple[measures.Ints, measures.Floats]:
-    """(tokens - 1, 1 + RETURNED) ids and log-probabilities; column 0 is the token that came."""
-    width = 1 + RETURNED
-    ids = np.asarray(flat.token_ids, np.int64).reshape(-1, width)
-    return ids, np.asarray(flat.logprobs, np.float64).reshape(-1, width)
-
-
-def _share(chunks: list[int], policy: Any) -> float:
+def archived_share(chunks: list[int], policy: Policy | None) -> float:
+    """See measures.archived_share; 0 without a policy."""
     if policy is None:
         return 0.0
     return measures.archived_share(chunks, policy.compress_after, policy.keep_recent, policy.align)
@@ -151,3 +96,30 @@ def compare(stock: Scores, other: Scores, seed: int) -> dict[str, Any]:
         "boundary_step_tokens": other.align,
         "dtype": other.dtype,
     }
+
+
+def put_beside(record: Record, others: Sequence[Record]) -> Record:
+    """The record with "engine": what one of `others` says of the same preset, thresholds and
+    windows, or None. Of several the one with the same dtype, else with the finest."""
+    same = [o for o in others if o.kind == "quality" and _measured(o) == _measured(record)]
+    order = [record.results["dtype"], "float16", "bfloat16"]
+    found = min(same, key=lambda other: order.index(other.results["dtype"]), default=None)
+    names = (
+        "perplexity_change",
+        "perplexity_change_ci95",
+        "kl_lower_bound_mean_nats",
+        "top1_agreement",
+        "boundary_step_tokens",
+        "dtype",
+    )
+    beside: dict[str, Any] | None = None
+    if found is not None:
+        beside = {name: found.results[name] for name in names} | {"commit": found.commit}
+    return record.model_copy(update={"results": record.results | {"engine": beside}})
+
+
+def _measured(record: Record) -> tuple[Any, ...]:
+    names = ("preset", "compress_after", "keep_recent", "windows", "window_tokens", "chunk")
+    chosen = [record.settings.get(name) for name in names]
+    texts = sorted(text.sha256 for text in record.texts)
+    return record.model_sha256, chosen, texts

@@ -242,7 +242,8 @@ def source_state() -> tuple[str | None, bool | None]:
 
 
 def command_line() -> str:
-    """The command as typed, with the home folder as ~."""
-    words = [shlex.quote(word) for word in sys.argv[1:]]
+    """The command as typed, with the home folder as ~, and without --resume, which changes nothing
+    about a result."""
+    words = [shlex.quote(word) for word in sys.argv[1:] if word != "--resume"]
     home = str(Path.home())
     return " ".join(["vllm-kvpca", *(word.replace(home, "~") for word in words)])

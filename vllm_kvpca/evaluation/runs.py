@@ -6,30 +6,23 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from vllm_kvpca.errors import OptionsError
 from vllm_kvpca.evaluation import block_life as block_life_
 from vllm_kvpca.evaluation import capacity as capacity_
 from vllm_kvpca.evaluation import identity as identity_
 from vllm_kvpca.evaluation import load as load_
-from vllm_kvpca.evaluation import presets, texts
 from vllm_kvpca.evaluation import quality as quality_
-from vllm_kvpca.evaluation.engine import EngineSettings
-from vllm_kvpca.evaluation.record import Record, make_record
-
-Thresholds = tuple[int, int]
-"""compress_after, keep_recent."""
-
-
-def parse_thresholds(text: str) -> Thresholds:
-    """ "512:256" to (512, 256).
-
-    Raises:
-        OptionsError: anything else.
-    """
-    after, colon, recent = text.partition(":")
-    if not (colon and after.isdigit() and recent.isdigit()):
-        raise OptionsError(f"{text!r} is no pair of thresholds: write AFTER:RECENT, e.g. 512:256.")
-    return int(after), int(recent)
+from vllm_kvpca.evaluation import texts
+from vllm_kvpca.evaluation.comparison import (
+    ENGINE,
+    Done,
+    Thresholds,
+    nothing_done,
+    overlaps,
+    record_of,
+)
+from vllm_kvpca.evaluation.engine import STOCK, EngineSettings
+from vllm_kvpca.evaluation.reading import settings_for
+from vllm_kvpca.evaluation.record import Record
 
 
 def quality(
@@ -40,7 +33,9 @@ def quality(
     window: int = 2048,
     chunk: int = 64,
     thresholds: Sequence[Thresholds] = ((0, 0), (512, 256)),
+    through: str = ENGINE,
     seed: int = 0,
+    done: Done = nothing_done,
     **more: Any,
 ) -> Iterator[Record]:
     """Records of kind "quality": one for each preset and pair of thresholds.
@@ -48,23 +43,45 @@ def quality(
     Args:
         tokens, window: tokens in all and per window; tokens // window windows are read.
         chunk: tokens of each window per step.
+        through: "engine"; or "transformers" for load_preset_cache, which gives records of kind
+            "quality-transformers" with the whole KL divergence.
+        done: what to leave out; see comparison.finished.
         more: further EngineSettings.
     """
     files = texts.find_texts(text)
+    seen = overlaps(preset_names, files)
     windows = texts.windows(texts.tokenizer_of(model), files, max(1, tokens // window), window)
-    stock_settings = quality_.settings_for(model, windows, chunk, seed=seed, **more)
-    stock = quality_.score(stock_settings, windows)
-    for name in preset_names:
-        for pair in thresholds:
-            settings = quality_.settings_for(model, windows, chunk, name, pair, seed=seed, **more)
-            results = quality_.compare(stock, quality_.score(settings, windows), seed)
-            chosen = {
-                "windows": len(windows),
-                "window_tokens": window,
-                "kl": f"over stock's {quality_.TOP} likeliest tokens and one bucket for the rest: "
-                "a lower bound of the full KL",
-            }
-            yield _record("quality", settings, results, chosen, files, results["dtype"])
+    every = [
+        settings_for(model, windows, chunk, name, pair, seed=seed, **more)
+        for name in preset_names
+        for pair in thresholds
+    ]
+    todo = [settings for settings in every if not done(settings)]
+    if not todo:
+        return
+    chosen = {"windows": len(windows), "window_tokens": window}
+    kl = f"over stock's {quality_.TOP} likeliest tokens and one bucket for the rest: "
+    for settings, results in zip(todo, _qualities(todo, windows, through, seed), strict=True):
+        used = chosen | {
+            "kl": kl + "a lower bound of the full KL",
+            "calibration_overlap": seen[settings.preset],
+        }
+        kind = "quality" if through == ENGINE else f"quality-{through}"
+        yield record_of(kind, settings, results, used, files, results["dtype"])
+
+
+def _qualities(
+    todo: Sequence[EngineSettings], windows: Sequence[Sequence[int]], through: str, seed: int
+) -> Iterator[dict[str, Any]]:
+    if through != ENGINE:
+        # Imported late: it loads transformers' models, which no engine needs.
+        from vllm_kvpca.evaluation.through_transformers import compare_quality
+
+        yield from compare_quality(todo, windows, todo[0].chunk or 1, seed)
+        return
+    stock = quality_.score(todo[0].model_copy(update={"preset": STOCK}), windows)
+    for settings in todo:
+        yield quality_.compare(stock, quality_.score(settings, windows), seed)
 
 
 def identity(
@@ -96,7 +113,7 @@ def identity(
             settings = common.model_copy(update=changes)
             other, _ = identity_.answer(settings, prompts, generated)
             results = identity_.compare(stock, other, lengths) | {"dtype": resolved}
-            yield _record("identity", settings, results, {}, files, resolved)
+            yield record_of("identity", settings, results, {}, files, resolved)
 
 
 def capacity(
@@ -112,7 +129,7 @@ def capacity(
     for name in preset_names:
         settings = common.model_copy(update={"preset": name})
         results = capacity_.compare(stock, capacity_.measure(settings))
-        yield _record("capacity", settings, results, {})
+        yield record_of("capacity", settings, results, {})
 
 
 def throughput(
@@ -143,7 +160,7 @@ def throughput(
     for name in preset_names:
         settings = common.model_copy(update={"preset": name})
         results = load_.compare(stock, speeds(settings))
-        yield _record("throughput", settings, results, chosen)
+        yield record_of("throughput", settings, results, chosen)
 
 
 def block_life(
@@ -162,22 +179,7 @@ def block_life(
     for name in preset_names:
         settings = common.model_copy(update={"preset": name})
         results = block_life_.compare(stock, block_life_.measure(settings, prompt, generated))
-        yield _record("block-life", settings, results, chosen)
-
-
-def _record(
-    kind: str,
-    settings: EngineSettings,
-    results: dict[str, Any],
-    chosen: dict[str, Any],
-    files: Sequence[Path] = (),
-    *slug_parts: str,
-) -> Record:
-    facts = presets.facts(settings.preset, settings.model)
-    used = settings.model_dump(exclude={"model", "seed"}) | facts | chosen
-    thresholds = f"{settings.compress_after}-{settings.keep_recent}"
-    parts = [facts["preset"], thresholds, *slug_parts]
-    return make_record(kind, parts, settings.model, used, results, files, settings.seed)
+        yield record_of("block-life", settings, results, chosen)
 
 
 def _vocabulary(model: str) -> int:

@@ -13,9 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from vllm_kvpca.errors import OptionsError
+from vllm_kvpca.evaluation import answer_tables as answers
 from vllm_kvpca.evaluation import operation_tables as operation
+from vllm_kvpca.evaluation.cells import stored, thresholds
 from vllm_kvpca.evaluation.codec_tables import CODEC_HEADS, CODEC_TABLES, codec_rows
 from vllm_kvpca.evaluation.engine import STOCK
+from vllm_kvpca.evaluation.quality import put_beside
 from vllm_kvpca.evaluation.record import Record
 
 _Rows = Callable[[Record], list[list[str]]]
@@ -44,6 +47,8 @@ def table(kind: str, records: Sequence[Record]) -> str:
     heads, rows = _TABLES[kind]
     of_kind = "codec-study" if kind in CODEC_TABLES else kind
     chosen = sorted((r for r in records if r.kind == of_kind and rows(r)), key=_order)
+    if kind == "quality-transformers":
+        chosen = [put_beside(record, records) for record in chosen]
     if not chosen:
         raise OptionsError(f"no record for the table {kind!r}: make one with {_command(kind)}.")
     if callable(heads):
@@ -54,6 +59,8 @@ def table(kind: str, records: Sequence[Record]) -> str:
 
 
 def _command(kind: str) -> str:
+    if kind == "quality-transformers":
+        return "vllm-kvpca evaluate quality --through transformers"
     if kind == "layouts":
         return "make test-layouts"
     scripts = {
@@ -111,25 +118,12 @@ def _threads(record: Record) -> str:
     return f"threads bound to core{'s' if re.search('[-,|]', bound) else ''} {bound}"
 
 
-def _stored(record: Record) -> list[str]:
-    """Preset, and its ratio of K and V together, with that of V alone beside it."""
-    settings: Any = record.settings
-    name = f"`{settings['preset']}`"
-    if settings["preset"] == STOCK:
-        name = f"stock, steps of {settings['max_num_batched_tokens']:,} tokens"
-    return [name, f"{settings['total_ratio']:.2f}x ({settings['v_ratio']:.2f}x)"]
-
-
-def _thresholds(record: Record) -> str:
-    return f"{record.settings['compress_after']} / {record.settings['keep_recent']}"
-
-
 def _quality(record: Record) -> list[str]:
     results: Any = record.results
     low, high = results["perplexity_change_ci95"]
     return [
-        *_stored(record),
-        _thresholds(record),
+        *stored(record),
+        thresholds(record),
         results["dtype"],
         f"{results['archived_share_of_attended_keys']:.0%}",
         f"{results['perplexity_change']:+.2%} ({low:+.2%} to {high:+.2%})",
@@ -145,7 +139,7 @@ def _identity(record: Record) -> list[str]:
     gap = results["largest_gap_nats"]
     same = sum(row["identical_tokens"] for row in rows)
     return [
-        *_stored(record),
+        *stored(record),
         results["dtype"],
         f"{results['identical_prompts']} of {len(rows)}",
         f"{same} of {sum(row['generated_tokens'] for row in rows)}",
@@ -156,7 +150,7 @@ def _identity(record: Record) -> list[str]:
 def _capacity(record: Record) -> list[str]:
     results: Any = record.results
     return [
-        *_stored(record),
+        *stored(record),
         f"{results['tokens_stock']:,}",
         f"{results['tokens']:,}",
         f"{results['ratio']:.2f}x",
@@ -167,7 +161,7 @@ def _capacity(record: Record) -> list[str]:
 
 def _throughput(record: Record) -> list[str]:
     results: Any = record.results
-    cells = _stored(record)
+    cells = stored(record)
     for phase in ("prompt", "decode"):
         stock, own = (results[who][f"{phase}_tokens_per_second"] for who in ("stock", "preset"))
         cells += [f"{stock:,.0f}", f"{own:,.0f}", f"{results[f'{phase}_ratio']:.2f}x"]
@@ -361,6 +355,11 @@ _TABLES: dict[str, tuple[_Heads, _Rows]] = {
     ),
     "load": (_LOAD_HEADS, _load),
     "guidellm": (_LOAD_HEADS, _load),
+    "needle": (answers.FACTS_HEADS, answers.facts),
+    "recall": (answers.FACTS_HEADS, answers.facts),
+    "divergence": (answers.DIVERGENCE_HEADS, answers.divergence),
+    "quality-transformers": (answers.TRANSFORMERS_HEADS, answers.transformers),
+    "tasks": (answers.TASKS_HEADS, answers.tasks),
     **{name: (CODEC_HEADS, codec_rows(group)) for name, group in CODEC_TABLES.items()},
     "kernels": (_kernel_heads, _kernels),
     "engine": (

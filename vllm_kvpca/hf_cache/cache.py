@@ -162,6 +162,7 @@ def load_preset_cache(
     adaptive: bool = True,
     compress_after: int = DEFAULT_COMPRESS_AFTER,
     keep_recent: int = DEFAULT_KEEP_RECENT,
+    align: int = ALIGN,
     config: Any = None,
 ) -> PresetCache:
     """A cache for `model.generate(..., past_key_values=cache)`. Make one for each generation.
@@ -172,9 +173,11 @@ def load_preset_cache(
         device: where the model computes; checked at the first token. None: anywhere. Every layer
             stores on the device of its K and V, so a model may be spread over several.
         adaptive: whether a sequence stays raw up to `compress_after` tokens and keeps its last
-            `keep_recent` (up to 31 more) raw after that. False ignores both: every token is
-            archived at the end of the forward pass that computes it.
+            `keep_recent` (up to `align` - 1 more) raw after that. False ignores all three: every
+            token is archived at the end of the forward pass that computes it.
         compress_after, keep_recent: tokens; see codec.policy.
+        align: tokens by which the boundary moves while `adaptive`; the server's is the size of
+            its archive blocks.
         config: the model's config (`model.config`). With it layers with sliding windows and
             the like are left to transformers, and a calibrated preset is checked against the
             model's name. Without it every layer the preset covers counts as full attention.
@@ -185,7 +188,7 @@ def load_preset_cache(
         OptionsError: thresholds that make no sense, or no layer count.
         UnsupportedError: no layer with full attention.
     """
-    policy = Policy(compress_after, keep_recent, ALIGN) if adaptive else Policy(0, 0)
+    policy = Policy(compress_after, keep_recent, align) if adaptive else Policy(0, 0)
     preset = load_preset(preset_path)
     if config is None:
         layers = _layers_without_config(preset, num_layers)

@@ -1,6 +1,6 @@
 """Presets: a folder that says what to store, with which basis, and how it was measured."""
 
-from vllm_kvpca.preset.files import Preset, list_shipped, load_preset, save_preset
+from vllm_kvpca.preset.files import Preset, list_shipped, load_preset, preset_folder, save_preset
 from vllm_kvpca.preset.formats import FORMATS
 from vllm_kvpca.preset.schema import BandSpec, ModelShape, PresetConfig, TensorFormat
 
@@ -13,5 +13,6 @@ __all__ = [
     "TensorFormat",
     "list_shipped",
     "load_preset",
+    "preset_folder",
     "save_preset",
 ]

@@ -4,6 +4,7 @@
 <folder>/basis.safetensors    "k_basis", "v_basis": (layers, kv_heads, head_dim, head_dim)
                               float32 or float16, only for calibrated formats
 <folder>/README.md            the card: where it comes from, what was measured
+<folder>/calibration.json     the texts it was fitted to (see calibration.overlap); optional
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ from vllm_kvpca.preset.schema import PresetConfig, TensorFormat
 
 CONFIG_FILE = "config.json"
 BASIS_FILE = "basis.safetensors"
+CARD_FILE = "README.md"
+TEXTS_FILE = "calibration.json"
 MAX_CONFIG_BYTES = 1 << 20
 MAX_BASIS_BYTES = 4 << 30
 MAX_CONDITION = 1e4
@@ -210,13 +213,20 @@ def load_preset(name: str | os.PathLike[str]) -> Preset:
         PresetInvalid: files missing or damaged, unknown fields, NaN, or no orthonormal basis.
     """
     name = os.fspath(name)
+    folder = preset_folder(name)
+    return _load_folder(name, folder) if folder else Preset(name, FORMATS[name])
+
+
+def preset_folder(name: str) -> Path | None:
+    """Where a preset's files are, downloaded if need be; None for a named format.
+
+    Raises:
+        PresetNotFound: nothing of that name.
+    """
     if own := _own_folder(name):
-        return _load_folder(name, own)
+        return own
     shipped = list_shipped()
-    if name in shipped:
-        folder = shipped[name]
-        return _load_folder(name, folder) if folder else Preset(name, FORMATS[name])
-    return _load_folder(name, _download(name, list(shipped)))
+    return shipped[name] if name in shipped else _download(name, list(shipped))
 
 
 def _own_folder(name: str) -> Path | None:
@@ -234,7 +244,7 @@ def _download(name: str, shipped: list[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        files = [CONFIG_FILE, BASIS_FILE, "README.md"]
+        files = [CONFIG_FILE, BASIS_FILE, CARD_FILE, TEXTS_FILE]
         return Path(snapshot_download(name, allow_patterns=files))
     except Exception as error:
         # The Hub client raises many unrelated types; to the user all mean "not there".
@@ -336,4 +346,4 @@ def save_preset(
         save_file(tensors, folder / BASIS_FILE)
         # safetensors writes a file that only its owner can read; presets are shared.
         (folder / BASIS_FILE).chmod(0o644)
-    (folder / "README.md").write_text(card)
+    (folder / CARD_FILE).write_text(card)
