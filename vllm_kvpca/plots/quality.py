@@ -68,9 +68,9 @@ def draw_frontier(records: Sequence[Record], theme: Theme) -> Any:
     figure, axes = pyplot().subplots(figsize=(10, 5), layout="constrained")
     found = points(records)
     kinds = {
-        "study": ("options of the codec study", theme.cycle[4], "o", 14, 1),
-        "peers": ("peers, emulated on the same text", theme.cycle[1], "D", 34, 3),
-        "preset": ("presets, through the served engine", theme.cycle[0], "o", 46, 4),
+        "study": ("our options, own token stored too", theme.cycle[4], "o", 14, 1),
+        "peers": ("vLLM's own formats, emulated so too", theme.cycle[1], "D", 34, 3),
+        "preset": ("presets, served, own step raw", theme.cycle[0], "o", 46, 4),
     }
     for group, (label, colour, marker, size, order) in kinds.items():
         chosen = [point for point in found if point.group == group]
