@@ -4,7 +4,7 @@ SHELL := /bin/bash
 BIN := .venv/bin
 export PORT ?= 8000
 
-.PHONY: help setup demo test test-dashboards test-deploy lint clean
+.PHONY: help setup demo test test-dashboards test-layouts test-deploy lint clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -21,6 +21,9 @@ test: setup ## run all tests
 test-dashboards: setup ## every panel and alert against a real Prometheus (apt-get install prometheus)
 	promtool test rules deploy/prometheus/rules_test.yaml
 	@$(BIN)/python tests/e2e/check_dashboards.py
+
+test-layouts: setup ## metrics with several API servers, engines and ranks, and after restarts
+	@$(BIN)/python tests/e2e/check_layouts.py
 
 test-deploy: ## check Dockerfile, compose file and Helm chart with tools from PyPI
 	@deploy/check.sh

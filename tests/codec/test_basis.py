@@ -1,4 +1,4 @@
-"""Bases are orthonormal; PCA finds the directions of a known covariance."""
+"""Bases are orthonormal where they shall be; each finds what it is meant to find."""
 
 from __future__ import annotations
 
@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_kvpca.codec import hadamard_basis, identity_basis, pca_basis
+from vllm_kvpca.codec import (
+    balanced_basis,
+    encoder,
+    hadamard_basis,
+    identity_basis,
+    mix_bands,
+    pca_basis,
+)
 from vllm_kvpca.codec.basis import orthonormality_error
 
 HEAD_DIMS = [64, 80, 96, 112, 128, 256]
@@ -84,3 +91,47 @@ def test_orthonormality_error_sees_the_worst_head():
     bases = torch.stack([torch.eye(8), torch.eye(8)])
     bases[1, 3, 3] = 1.1
     assert orthonormality_error(bases) == pytest.approx(0.21, abs=1e-6)
+
+
+def keys_and_queries(head_dim: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
+    """Second moments with eigenvalues 1, 1/2, 1/3, ... each, in unrelated directions."""
+    moment = torch.tensor(known_covariance(head_dim)[1])
+    turn = np.linalg.qr(np.random.default_rng(1).standard_normal((head_dim, head_dim)))[0]
+    return moment, torch.tensor(turn) @ moment @ torch.tensor(turn).T
+
+
+def test_a_balanced_basis_shows_keys_and_queries_alike():
+    moment, weight = keys_and_queries()
+    basis = balanced_basis(moment, weight).double()
+    keys = encoder(basis).T @ moment @ encoder(basis)
+    queries = basis.T @ weight @ basis
+    # Both are scaled to trace 1 and get a floor of 1e-4 of their mean energy.
+    torch.testing.assert_close(keys / moment.trace(), queries / weight.trace(), rtol=0, atol=1e-4)
+    energy = keys.diagonal()
+    assert (keys - torch.diag(energy)).abs().max() < 1e-3 * energy.max()
+    assert (energy[:-1] >= energy[1:] - 1e-4 * energy.max()).all()
+
+
+def test_no_other_basis_loses_less_of_the_scores():
+    """Errors of equal size in every component, proportional to the components' RMS."""
+    moment, weight = keys_and_queries()
+
+    def loss(basis: torch.Tensor) -> float:
+        basis = basis.double()
+        keys = encoder(basis).T @ moment @ encoder(basis)
+        return float(keys.trace() * (basis.T @ weight @ basis).trace())
+
+    least = loss(balanced_basis(moment, weight))
+    root = float(torch.linalg.eigvals(moment @ weight).real.clamp_min(0).sqrt().sum())
+    assert least == pytest.approx(root**2, rel=1e-2)  # the least there is, by Cauchy-Schwarz
+    others = [torch.eye(64), hadamard_basis(64), pca_basis(moment), pca_basis(weight)]
+    others.append(torch.diag((moment.diagonal() / weight.diagonal()) ** 0.25))
+    assert all(loss(other) > 1.3 * least for other in others)
+
+
+def test_an_encoder_undoes_its_basis():
+    basis = mix_bands(balanced_basis(*keys_and_queries()), [24, 40])
+    product = encoder(basis).double().T @ basis.double()
+    torch.testing.assert_close(product, torch.eye(64).double(), rtol=0, atol=1e-5)
+    orthonormal = hadamard_basis(64)
+    assert encoder(orthonormal) is orthonormal

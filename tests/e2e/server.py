@@ -12,9 +12,10 @@ import time
 import urllib.error
 import urllib.request
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 
 from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
@@ -133,11 +134,16 @@ def free_port() -> int:
 
 
 @contextmanager
-def serve(folder: Path, arguments: Sequence[str] = COMPRESSED) -> Iterator[Server]:
+def serve(
+    folder: Path,
+    arguments: Sequence[str] = COMPRESSED,
+    environment: Mapping[str, str] = MappingProxyType({}),
+) -> Iterator[Server]:
     """SmolLM2 behind `vllm serve`, compressed as k8v4; its log lies in `folder`."""
     binaries = Path(sys.executable).parent
     environment = {
         **os.environ,
+        **environment,
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "HF_HUB_OFFLINE": "1",
         "VLLM_PLUGINS": "kvpca",  # without it vLLM loads no routes of plugins

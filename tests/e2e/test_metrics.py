@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import pytest
@@ -232,18 +233,35 @@ def test_bytes_agree_with_the_usage_vllm_reports(scrapes: list[Scrape]):
     assert agree(scrapes, agrees)
 
 
-def test_tokens_of_one_sequence_follow_the_policy(one: list[Scrape]):
+def stages(scrapes: list[Scrape]) -> set[int]:
+    """Boundaries seen while one sequence ran; every reading must follow the policy."""
+
     def follows(scrape: Scrape) -> bool:
         cache = Cache.of(scrape)
         length = int(cache.raw_tokens + cache.archived_tokens)
         return cache.archived_tokens == POLICY.boundary(length)
 
-    assert agree(one, follows)
-    lengths = [int(c.raw_tokens + c.archived_tokens) for c in map(Cache.of, filter(follows, one))]
+    assert agree(scrapes, follows)
+    caches = map(Cache.of, filter(follows, scrapes))
+    lengths = [int(c.raw_tokens + c.archived_tokens) for c in caches]
     lengths = [length for length in lengths if length]
     assert lengths == sorted(lengths)
-    # However slow the machine, at least one reading of the longest stages.
-    assert {0, 160, 240} <= {POLICY.boundary(n) for n in lengths} <= {0, 80, 160, 240, 320}
+    return {POLICY.boundary(n) for n in lengths}
+
+
+def test_tokens_of_one_sequence_follow_the_policy(
+    server: Server, one: list[Scrape], several: list[Scrape]
+):
+    """`several` comes first, because what it counts would else include the requests sent here."""
+    seen = stages(one)
+    # The longest stages last 80 steps; on a busy machine none of the scrapes may hit one.
+    for attempt in range(20, 25):
+        if seen >= {0, 160, 240}:
+            break
+        with sampling(server) as again:
+            generate(server, prompt(200, first=attempt), 270)
+        seen |= stages(again)
+    assert {0, 160, 240} <= seen <= {0, 80, 160, 240, 320}
 
 
 def test_one_sequence_holds_the_blocks_its_tokens_need(one: list[Scrape]):
@@ -335,18 +353,28 @@ def test_archive_time_is_sampled(several: list[Scrape]):
     assert 1e-5 < seconds / count < 1
 
 
-def test_sequences_are_those_that_run(several: list[Scrape]):
-    seen = set()
+def sequences_run(scrape: Scrape) -> bool:
+    """Every sequence that vLLM runs is a raw or an archived one."""
+    cache = Cache.of(scrape)
+    running = scrape.value("vllm:num_requests_running")
+    return cache.raw_sequences + cache.archived_sequences == running
 
-    def holds(scrape: Scrape) -> bool:
+
+def test_sequences_are_those_that_run(server: Server, several: list[Scrape]):
+    """The answers are far too long to end before they are dropped, so on a machine of any speed
+    one raw and three archived sequences run side by side for as long as the test looks."""
+    assert agree(several, sequences_run)
+    with ExitStack() as streams:
+        for first, length in enumerate((30, 300, 310, 320), start=6):
+            next(streams.enter_context(streaming(server, prompt(length, first), 3000)))
+        deadline = time.monotonic() + 60
+        scrape = server.scrape()
+        while not (sequences_run(scrape) and scrape.value("vllm:num_requests_running") == 4):
+            assert time.monotonic() < deadline, "no scrape with all four"
+            scrape = server.scrape()
         cache = Cache.of(scrape)
-        seen.add((cache.raw_sequences, cache.archived_sequences))
-        running = scrape.value("vllm:num_requests_running")
-        return cache.raw_sequences + cache.archived_sequences == running
-
-    assert agree(several, holds)
-    assert any(raw and archived for raw, archived in seen)
-    assert max(archived for _, archived in seen) >= 3
+    assert (cache.raw_sequences, cache.archived_sequences) == (1, 3)
+    server.wait_until_idle()
 
 
 def test_a_shared_prefix_counts_for_each_sequence_but_is_stored_once(server: Server):

@@ -73,7 +73,7 @@ def test_memory_limited_engines_are_compared_with_stock(make, monkeypatch):
         tokens, speed = speeds[settings.preset]
         return {"tokens": tokens, "tokens_per_second": speed}
 
-    settings = EngineSettings(model="m", kv_gib=1)
+    settings = EngineSettings(model="m", max_model_len=64, kv_gib=1)
     *_, results = engine_bench.run(settings, ["k8v4", STOCK], measured)
     record = make(
         kind="memory-limited", slug="m", results=engine_bench.compare_memory_short(results)

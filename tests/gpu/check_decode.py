@@ -29,6 +29,7 @@ from vllm_kvpca.kernels.decode import (
     plan_decode,
 )
 from vllm_kvpca.kernels.layer_codec import LayerCodec
+from vllm_kvpca.kernels.overlap import LEAST_CAPABILITY
 from vllm_kvpca.pages.layout import ArchiveLayout
 
 FORMATS = {
@@ -315,7 +316,8 @@ def compile_for(what: str) -> None:
     name, capability = what.split(",")
     target = GPUTarget("cuda", int(capability), 32)
     layout = make_codec(name, 128, 1, 80, torch.bfloat16, "cpu").layout
-    for kernel, constants, options in launches(layout, 128, 32, 7, 64):
+    overlap = int(capability) >= LEAST_CAPABILITY
+    for kernel, constants, options in launches(layout, 128, 32, 7, 64, overlap=overlap):
         signature, attributes = {}, {}
         for i, argument in enumerate(kernel.arg_names):
             if argument in constants:

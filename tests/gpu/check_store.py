@@ -28,6 +28,7 @@ from kernel_cases import (  # noqa: E402
     Sequences,
     assert_expanded,
     assert_same_codes,
+    busy_list,
     filled_recent,
     make_codec,
     make_table,
@@ -41,6 +42,7 @@ from vllm_kvpca.kernels import reference  # noqa: E402
 from vllm_kvpca.kernels.archive import archive  # noqa: E402
 from vllm_kvpca.kernels.gather import gather  # noqa: E402
 from vllm_kvpca.kernels.layer_codec import LayerCodec  # noqa: E402
+from vllm_kvpca.kernels.starts import list_busy  # noqa: E402
 from vllm_kvpca.kernels.starts import starts as find_starts  # noqa: E402
 from vllm_kvpca.kernels.store import store as store_raw  # noqa: E402
 
@@ -113,6 +115,12 @@ def check_starts(nulls: int) -> None:
     assert out.tolist() == wanted, (out.tolist(), wanted)
 
 
+def busy_of(args: tuple) -> torch.Tensor:
+    """The list that belongs to the arguments of an archive step."""
+    *_, lengths, starts, _, _, policy, _ = args
+    return busy_list(starts, lengths, policy)
+
+
 def check_archive(name: str, count: int, heads: int, head_dim: int, dtype: torch.dtype) -> None:
     """A third of the tokens is new; a block of either table is null."""
     codec = make_codec(name, head_dim, heads, dtype, DEVICE, BLOCK)
@@ -121,7 +129,7 @@ def check_archive(name: str, count: int, heads: int, head_dim: int, dtype: torch
     for table in step.where[3:]:
         table[1, table.shape[1] // 2] = 0
     args = (*step.sources, *step.where, EVERYTHING, codec)
-    archive(step.pages, *args, max_new=max(1, new))
+    archive(step.pages, *args, busy_of(args), max_new=max(1, new))
     reference.archive_step(step.wanted, *args)
     assert_same_codes(step.pages, step.wanted, codec)
     assert (step.pages[0] == 0x77).all()
@@ -142,12 +150,14 @@ def check_archive_graph(name: str, heads: int, head_dim: int, dtype: torch.dtype
     saved = [x.clone() for x in (query_start, n, first)]
     for x in (query_start, n, first):
         x.zero_()
-    archive(step.pages, *args)  # all rows are padding: compiles, writes nothing
+    busy = torch.zeros(len(starts) + 1, dtype=torch.int32, device=DEVICE)
+    archive(step.pages, *args, busy)  # all rows are padding: compiles, writes nothing
     torch.cuda.synchronize()
     assert (step.pages == 0x77).all()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        archive(step.pages, *args)
+        list_busy(first, n, policy, busy)
+        archive(step.pages, *args, busy)
     for _ in range(2):
         for x, values in zip((query_start, n, first), saved, strict=True):
             x.copy_(values)
@@ -250,8 +260,9 @@ def archive_times(name: str, codec: LayerCodec, heads: int) -> list[str]:
     for tokens in (64, 8192):
         for source, sequence in (("new", (0, tokens, 0)), ("recent", (tokens, 0, 0))):
             step = make_step(codec, heads, [sequence])
-            args = (step.pages, *step.sources, *step.where, EVERYTHING, codec)
-            run = lambda: archive(*args, max_new=tokens)
+            args = (*step.sources, *step.where, EVERYTHING, codec)
+            busy = busy_of(args)
+            run = lambda: archive(step.pages, *args, busy, max_new=tokens)
             rows.append(report(f"archive {name}, {tokens} {source} tokens", run, moved * tokens))
     return rows
 
@@ -266,8 +277,9 @@ def decode_times(name: str, codec: LayerCodec, heads: int) -> list[str]:
     for busy in (0, 1, batch):
         sequences = [(length - 1, 1, done - align * (i < busy)) for i in range(batch)]
         step = make_step(codec, heads, sequences)
-        args = (step.pages, *step.sources, *step.where, policy, codec)
-        run = lambda: archive(*args)
+        args = (*step.sources, *step.where, policy, codec)
+        busy_rows = busy_of(args)
+        run = lambda: archive(step.pages, *args, busy_rows)
         label = f"archive {name}, decode, {busy} of {batch} sequences"
         rows.append(report(label, run, busy * align * moved))
     return rows

@@ -94,17 +94,20 @@ def test_an_adaptive_cache_holds_the_recent_tokens_raw_and_nothing_else():
 def test_archived_tokens_come_back_as_the_format_says():
     """Against plain arithmetic: K int8 and V int4 after a Hadamard rotation, scales in bf16."""
 
-    def rounded(x: torch.Tensor, qmax: int) -> torch.Tensor:
-        scale = (x.abs().amax(-1, keepdim=True) / qmax).bfloat16().float()
-        return (x / scale).round().clamp(-qmax, qmax) * scale
+    def rounded(x: torch.Tensor, scale: torch.Tensor, low: int, high: int) -> torch.Tensor:
+        scale = scale.bfloat16().float()
+        return (x / scale).round().clamp(low, high) * scale
 
     cache = load_preset_cache("k8v4", 1, adaptive=False)
     feed(cache, 1500)  # more than is restored at once
     k, v = feed(cache, 1, seed=1)
     turn = hadamard_basis(HEAD_DIM)
     old_k, old_v = states(1500).float(), states(1500, seed=100).float()
-    torch.testing.assert_close(k[:, :, :-1], rounded(old_k, 127).bfloat16(), atol=0, rtol=0)
-    expected = rounded(old_v @ turn, 7) @ turn.T
+    expected = rounded(old_k, old_k.abs().amax(-1, keepdim=True) / 127, -127, 127)
+    torch.testing.assert_close(k[:, :, :-1], expected.bfloat16(), atol=0, rtol=0)
+    y = old_v @ turn
+    largest = y.gather(-1, y.abs().argmax(-1, keepdim=True))
+    expected = rounded(y, largest / -8, -8, 7) @ turn.T
     torch.testing.assert_close(v[:, :, :-1].float(), expected, atol=1e-2, rtol=1e-2)  # bf16
     assert torch.equal(k[:, :, -1:], states(1, seed=1))  # new tokens are raw
 

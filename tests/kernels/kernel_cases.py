@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from vllm_kvpca.codec.bands import Band, signed_nibbles
+from vllm_kvpca.codec.policy import Policy
 from vllm_kvpca.kernels import reference
 from vllm_kvpca.kernels.layer_codec import LayerCodec
 from vllm_kvpca.pages.layout import ArchiveLayout
@@ -13,14 +14,16 @@ Shares = list[tuple[float, int]]
 Sequences = list[tuple[int, int, int]]
 """(computed tokens, new tokens, archived tokens) of each sequence before a step."""
 
-# (K's bands, K rotated, V's bands, V rotated); widths as shares of head_dim.
-FORMATS: dict[str, tuple[Shares, bool, Shares, bool]] = {
+# (K's bands, K rotated, V's bands, V rotated); widths as shares of head_dim. "stretched" is a basis
+# that is not orthonormal.
+FORMATS: dict[str, tuple[Shares, bool | str, Shares, bool]] = {
     "raw": ([(1, 16)], False, [(1, 16)], False),
     "k8v8": ([(1, 8)], False, [(1, 8)], False),
     "k8v4": ([(1, 8)], False, [(1, 4)], True),
     "v-mixed": ([(1, 16)], False, [(3 / 8, 8), (5 / 8, 4)], True),
     "v-rank-int8": ([(1, 16)], False, [(3 / 4, 8), (1 / 4, 0)], True),
     "kv-mixed": ([(1 / 4, 8), (3 / 4, 4)], True, [(3 / 8, 8), (5 / 8, 4)], True),
+    "k4v4": ([(7 / 8, 4), (1 / 8, 0)], "stretched", [(1, 4)], True),
     "plain-mixed": ([(3 / 8, 8), (5 / 8, 4)], False, [(3 / 8, 4), (1 / 2, 16), (1 / 8, 0)], False),
 }
 
@@ -35,14 +38,17 @@ def bands(shares: Shares, head_dim: int) -> tuple[Band, ...]:
 def make_codec(
     name: str, head_dim: int, heads: int, dtype: torch.dtype, device="cpu", block: int = 48
 ) -> LayerCodec:
-    """A codec with random orthonormal bases."""
+    """A codec with random bases."""
     k_shares, rotate_k, v_shares, rotate_v = FORMATS[name]
     layout = ArchiveLayout(head_dim, block, bands(k_shares, head_dim), bands(v_shares, head_dim))
 
-    def basis(wanted: bool) -> torch.Tensor | None:
+    def basis(wanted: bool | str) -> torch.Tensor | None:
         if not wanted:
             return None
-        return torch.linalg.qr(torch.randn(heads, head_dim, head_dim))[0].contiguous().to(device)
+        matrix = torch.linalg.qr(torch.randn(heads, head_dim, head_dim))[0]
+        if wanted == "stretched":
+            matrix = torch.logspace(-0.5, 0.5, head_dim)[:, None] * matrix
+        return matrix.contiguous().to(device)
 
     return LayerCodec(layout, basis(rotate_k), basis(rotate_v), dtype)
 
@@ -83,6 +89,13 @@ def step_tensors(sequences: Sequences, device="cpu") -> tuple[torch.Tensor, ...]
         x[1:]
         for x in (query_start.to(device), (computed + new).to(device), start.clone().to(device))
     )
+
+
+def busy_list(starts: torch.Tensor, lengths: torch.Tensor, policy: Policy) -> torch.Tensor:
+    """What starts.list_busy makes, by the policy itself."""
+    pairs = zip(starts.tolist(), lengths.tolist(), strict=True)
+    rows = [row for row, (start, n) in enumerate(pairs) if policy.boundary(n) > start]
+    return torch.tensor([len(rows), *rows], dtype=torch.int32, device=starts.device)
 
 
 def filled_recent(

@@ -7,6 +7,7 @@ import torch
 from kernel_cases import (
     FORMATS,
     assert_same_codes,
+    busy_list,
     filled_recent,
     make_codec,
     make_table,
@@ -53,13 +54,19 @@ def make_case(name, dtype, policy, sequences, heads, head_dim, device):
     return codec, wanted, actual, (recent, *tokens, *step, policy, codec)
 
 
+def archive(pages, args, max_new=1):
+    """The kernel with the arguments of its reference."""
+    lengths, starts, policy = args[4], args[5], args[8]
+    kernel.archive(pages, *args, busy_list(starts, lengths, policy), max_new=max_new)
+
+
 def check(name, dtype, policy, sequences, heads, head_dim, device, max_new=None):
     """Kernel and reference write the same; returns the kernel's pages."""
     codec, wanted, actual, args = make_case(name, dtype, policy, sequences, heads, head_dim, device)
     if max_new is None:
         max_new = max(new for _, new, _ in sequences)
     reference.archive_step(wanted, *args, max_new=max_new)
-    kernel.archive(actual, *args, max_new=max_new)
+    archive(actual, args, max_new)
     assert_same_codes(actual, wanted, codec)
     assert (actual[0] == 0x77).all(), "the null block was written"
     assert (wanted[1:] != 0x77).any()
@@ -124,7 +131,7 @@ def test_tokens_of_the_null_block_are_passed_over(table, device):
     )
     args[6 if table == "recent" else 7][:, 1] = 0
     reference.archive_step(wanted, *args, max_new=30)
-    kernel.archive(actual, *args, max_new=30)
+    archive(actual, args, 30)
     assert_same_codes(actual, wanted, codec)
     assert (actual[0] == 0x77).all()
     scales = codec.layout.scales(actual, codec.layout.k_scales)
@@ -145,7 +152,7 @@ def test_the_last_archived_token_may_be_the_new_one(device):
         # Where the new token will be stored: must not be read.
         recent[recent_table[i, computed // RAW_BLOCK], :, computed % RAW_BLOCK] = float("nan")
     reference.archive_step(wanted, *args)
-    kernel.archive(actual, *args)
+    archive(actual, args)
     assert_same_codes(actual, wanted, codec)
     scales = codec.layout.scales(actual, codec.layout.k_scales)[:, 0]
     assert int((scales.view(torch.int16) != 0x7777).sum()) == 48 + 48 + 48  # 48 tokens stay raw
@@ -155,7 +162,7 @@ def test_the_last_archived_token_may_be_the_new_one(device):
 def test_a_step_in_which_nothing_leaves(device):
     sequences = [(0, 0, 0), (298, 1, 0), (302, 1, 192)]
     _, _, actual, args = make_case("k8v4", torch.bfloat16, POLICY, sequences, 1, 64, device)
-    kernel.archive(actual, *args)
+    archive(actual, args)
     assert (actual == 0x77).all()
 
 
@@ -167,7 +174,7 @@ def archive_key(codec, key, device):
     wanted, actual = empty_pages(2, 1, codec, device)
     args = (recent, key, key, *step, table, table, EVERYTHING, codec)
     reference.archive_step(wanted, *args)
-    kernel.archive(actual, *args)
+    archive(actual, args)
     assert torch.equal(actual, wanted)
     return actual
 
@@ -194,5 +201,5 @@ def test_ties_round_to_even(device):
 def test_no_sequences(device):
     _, _, actual, args = make_case("raw", torch.float16, POLICY, [(0, 1, 0)], 1, 64, device)
     none = (args[3][:1], args[4][:0], args[5][:0], args[6][:0], args[7][:0])
-    kernel.archive(actual, *args[:3], *none, *args[8:])
+    archive(actual, (*args[:3], *none, *args[8:]))
     assert (actual == 0x77).all()

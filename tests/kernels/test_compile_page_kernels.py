@@ -36,7 +36,7 @@ def launch(shapes: Shapes) -> None:
     """Every kernel, with small tensors."""
     from vllm_kvpca.kernels.archive import archive
     from vllm_kvpca.kernels.gather import gather
-    from vllm_kvpca.kernels.starts import starts
+    from vllm_kvpca.kernels.starts import list_busy, starts
     from vllm_kvpca.kernels.store import store
 
     heads, policy = 2, Policy(128, 64, 48)
@@ -49,8 +49,10 @@ def launch(shapes: Shapes) -> None:
         tables = make_table([2, 1]), make_table([1, 2])
         step = (query_start, lengths, start, *tables)
         starts(query_start, lengths, tables[0], 32, policy, start)
+        busy = torch.zeros(len(lengths) + 1, dtype=torch.int32)
+        list_busy(start, lengths, policy, busy)
         store(recent, key, value, torch.arange(8))
-        archive(pages, recent, key, value, *step, policy, codec)
+        archive(pages, recent, key, value, *step, policy, codec, busy)
         out_k, out_v = torch.zeros(2, 20, heads, head_dim, dtype=dtype)
         gather(pages, recent, key, value, *step, start, 12, out_k, out_v, codec)
 
@@ -63,6 +65,7 @@ def test_kernels_compile(function, capability):
     names = {kernel.name for kernel in compile_in_subprocess(__file__, function, capability)}
     assert names == {
         "_starts",
+        "_list_busy",
         "_store_kernel",
         "_archive_kernel",
         "_gather_archive_kernel",

@@ -98,6 +98,24 @@ def test_archived_tokens_in_component_space(name, rows):
             assert error < TOLERANCE[name], (name, n, float(error))
 
 
+def test_keys_in_a_basis_that_is_not_orthonormal():
+    """Scores come out as if the basis were not there, in 8 bits."""
+    torch.manual_seed(2)
+    plain = make_codec("k8v8", heads=2)
+    basis = torch.linalg.qr(torch.randn(2, HEAD_DIM, HEAD_DIM))[0]
+    basis = (torch.logspace(-0.5, 0.5, HEAD_DIM)[:, None] * basis).contiguous()
+    codec = LayerCodec(plain.layout, basis, None, torch.bfloat16)
+    key = torch.randn(50, 2, HEAD_DIM)
+    query = torch.randn(1, 2, 7, HEAD_DIM)
+    components = codec.decode(*codec.encode(key, "k"), "k")
+    scores = torch.einsum("hrc,thc->hrt", codec.rotate_query(query)[0], components)
+    wanted = torch.einsum("hrd,thd->hrt", query[0].double(), key.double())
+    # 8 bits round by 1/254 of the largest component; what stretches 3-fold counts 3-fold.
+    assert (scores - wanted).norm() / wanted.norm() < 0.03
+    restored = codec.restore(components, "k")
+    assert (restored - key).norm() / key.norm() < 0.03
+
+
 def test_tiles_of_a_long_archive_merge(monkeypatch):
     """A workspace of a few blocks gives what one large one gives."""
     torch.manual_seed(3)

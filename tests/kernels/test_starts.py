@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from kernel_cases import step_tensors
+from kernel_cases import busy_list, step_tensors
 
 from vllm_kvpca.codec.policy import Policy
 from vllm_kvpca.serving.batch import starts as planned
@@ -82,3 +82,17 @@ def test_random_batches_with_padding_rows(seed, policy, device):
         for computed, new, _ in sequences
     ]
     check([*sequences, (0, 0, 0), (0, 0, 2)], policy, device)
+
+
+@pytest.mark.parametrize("count", [1, 12, 255, 256, 257, 600])
+def test_sequences_that_archive_are_listed(count, device):
+    """Some archived more than the boundary, and some rows are padding; what lies behind stays."""
+    torch.manual_seed(count)
+    lengths = torch.randint(0, 1000, (count,), dtype=torch.int32, device=device)
+    starts = torch.randint(0, 900, (count,), dtype=torch.int32, device=device)
+    lengths[::7] = 0
+    wanted = busy_list(starts, lengths, POLICY)
+    out = torch.full((count + 2,), -7, dtype=torch.int32, device=device)
+    kernel.list_busy(starts, lengths, POLICY, out)
+    assert out[: len(wanted)].tolist() == wanted.tolist()
+    assert (out[len(wanted) :] == -7).all()

@@ -39,7 +39,7 @@ def warm() -> None:
 
 
 def warm_then_steps() -> None:
-    from vllm_kvpca.kernels.starts import starts
+    from vllm_kvpca.kernels.starts import list_busy, starts
     from vllm_kvpca.serving.device_batch import DeviceStep, group_prefills, on_device
     from vllm_kvpca.serving.device_step import LayerCache, run_device_step
     from vllm_kvpca.serving.step import StepTokens
@@ -54,6 +54,8 @@ def warm_then_steps() -> None:
         table = make_table([1] * len(lengths))
         out = torch.empty_like(lengths)
         starts(query_start, lengths, table, RAW_BLOCK, POLICY, out)
+        busy = torch.zeros(len(lengths) + 1, dtype=torch.int32)
+        list_busy(out, lengths, POLICY, busy)
         host = query_start.tolist(), lengths.tolist()
         groups = group_prefills(*host, len(decodes), 400)
         tokens = torch.zeros(int(query_start[-1]), HEADS + 2 * KV_HEADS, HEAD_DIM).bfloat16()
@@ -65,6 +67,7 @@ def warm_then_steps() -> None:
             query_start=query_start,
             lengths=lengths,
             starts=out,
+            busy=busy,
             slots=torch.zeros(len(tokens), dtype=torch.int64),
             recent_table=table,
             archive_table=table,

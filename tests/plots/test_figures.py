@@ -1,57 +1,161 @@
-"""Figures: drawn from a record alone, the same bytes each time."""
+"""Figures: drawn from records alone, and known to be stale when a record changes."""
 
-from xml.etree import ElementTree
+from pathlib import Path
 
+import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from vllm_kvpca.cli.main import app
-from vllm_kvpca.evaluation.record import Hardware, Record
+from vllm_kvpca.evaluation.record import Hardware, Record, load_all
+from vllm_kvpca.plots.figures import figures, missing, problems
+from vllm_kvpca.plots.quality import points, same_text, size
+from vllm_kvpca.plots.themes import THEMES
+
+ROOT = Path(__file__).parents[2]
+RECORDS = ROOT / "benchmarks" / "records"
+DEPTHS, LENGTHS = [0.0, 0.5, 1.0], [512, 1024]
 
 
-def life_record():
-    tokens = [128, 256, 384, 385, None]
-    life = {
-        "computed_tokens": tokens,
-        "raw_blocks": [4, 8, 6, 3, 0],
-        "archive_blocks": [0, 0, 2, 2, 0],
-        "block_bytes": 1 << 20,
-    }
-    stock = life | {"raw_blocks": [4, 8, 12, 13, 0], "archive_blocks": [0] * 5}
+def record(kind: str, slug: str, settings: dict, results: dict, model: str = "M-135M") -> Record:
     return Record(
-        kind="block-life",
-        slug="m-k8v4",
-        model="m",
+        kind=kind,
+        slug=slug,
+        model=model,
         model_sha256="0" * 64,
         hardware=Hardware(cpu="cpu", cores=1, threads_bind=None, ram_gib=1, gpu=None),
         versions={},
         commit=None,
         dirty=None,
         command="",
-        settings={
-            "preset": "k8v4",
-            "compress_after": 256,
-            "keep_recent": 64,
-            "prompt_tokens": 384,
-        },
-        results={"preset": life, "stock": stock},
+        settings=settings,
+        results=results,
         date="",
     )
 
 
-def test_plot_command(tmp_path):
-    life_record().write(tmp_path / "records")
-    arguments = ["plot", "--records", str(tmp_path / "records"), "--output"]
-    for folder in ("one", "two"):
-        result = CliRunner().invoke(app, [*arguments, str(tmp_path / folder)])
-        assert result.exit_code == 0, result.output
-    names = {path.name for path in (tmp_path / "one").iterdir()}
-    assert names == {f"block-life-k8v4-{t}.{e}" for t in ("light", "dark") for e in ("svg", "png")}
-    svg = (tmp_path / "one" / "block-life-k8v4-dark.svg").read_bytes()
-    assert svg == (tmp_path / "two" / "block-life-k8v4-dark.svg").read_bytes()
-    assert ElementTree.fromstring(svg).tag.endswith("svg")
+def quality(preset: str, ratio: float, change: float, model: str, after: int = 0) -> Record:
+    settings = {"preset": preset, "total_ratio": ratio, "compress_after": after}
+    results = {
+        "dtype": "float16",
+        "perplexity_change": change,
+        "perplexity_change_ci95": [change - 0.001, change + 0.001],
+        "predicted_tokens": 1000,
+        "perplexity": 10.0 * (1 + change),
+    }
+    return record("quality", f"{model}-{preset}-{after}".lower(), settings, results, model)
 
 
-def test_plot_without_records_says_what_to_do(tmp_path):
+def needle(preset: str) -> Record:
+    cells = [
+        {"length_tokens": n, "depth": d, "token_accuracy": 0.5, "token_accuracy_stock": 0.75}
+        for n in LENGTHS
+        for d in DEPTHS
+    ]
+    settings = {
+        "preset": preset,
+        "total_ratio": 2.5,
+        "compress_after": 512,
+        "keep_recent": 256,
+        "lengths": LENGTHS,
+        "depths": DEPTHS,
+        "through": "engine",
+    }
+    return record("needle", f"m-{preset}", settings, {"cells": cells})
+
+
+def study() -> Record:
+    rows = [
+        {"group": group, "name": name, "total_ratio": 2.0, "perplexity_change": change}
+        | {"perplexity_change_ci95": [change - 0.001, change + 0.002]}
+        for group, name, change in (
+            ("peers", "vLLM fp8", 0.014),
+            ("V alone", "hadamard 1:4", 0.006),
+            ("K alone", "pca 1:2", 3.5),
+        )
+    ]
+    return record("codec-study", "m", {}, {"perplexity_stock": 10.0, "rows": rows})
+
+
+def test_kinds_that_have_no_record_of_their_own_yet(tmp_path):
+    """Two models with one format, a study, needles: what other commands write."""
+    found = [
+        quality("k8v4", 2.56, 0.002, "M-135M"),
+        quality("v-rank-int8", 1.44, 0.16, "M-135M"),
+        quality("k8v4", 2.6, -0.0005, "m-0.5b-it"),
+        study(),
+        needle("k8v4"),
+        needle("k5v4"),
+    ]
+    for one in found:
+        one.write(tmp_path / "records")
+    arguments = ["plot", "--records", str(tmp_path / "records"), "--output", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    names = ("frontier-m-135m", "frontier-m-0.5b-it", "perplexity", "model-size", "needle-m-135m")
+    expected = {f"{name}-{theme.name}.png" for name in names for theme in THEMES}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == expected
+    for path in (tmp_path / "out").iterdir():
+        image = Image.open(path).convert("RGB")
+        corner = tuple(int(THEMES["dark" in path.name].paper[i : i + 2], 16) for i in (1, 3, 5))
+        assert max(abs(a - b) for a, b in zip(image.getpixel((0, 0)), corner, strict=True)) < 8
+        assert min(image.size) > 400
+
+
+def test_a_changed_record_makes_its_figure_stale(tmp_path):
+    found = [quality("k8v4", 2.56, 0.002, "M-135M"), needle("k8v4")]
+    for one in found:
+        one.write(tmp_path / "records")
+    arguments = ["plot", "--records", str(tmp_path / "records"), "--output", str(tmp_path / "out")]
+    assert "is not drawn" in CliRunner().invoke(app, [*arguments, "--check"]).stderr
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    assert CliRunner().invoke(app, [*arguments, "--check"]).exit_code == 0
+    changed = quality("k8v4", 2.56, 0.003, "M-135M")
+    wrong = problems([changed, found[1]], tmp_path / "out")
+    assert len(wrong) == 4 and all("from other records" in text for text in wrong)
+    wrong = problems([found[0]], tmp_path / "out")
+    assert len(wrong) == 2 and all("needle" in t and "no record" in t for t in wrong)
+
+
+def test_points_are_the_hardest_case_and_name_the_peers():
+    chosen = [quality("a", 2.0, 0.01, "M"), quality("a", 2.0, 0.001, "M", after=512), study()]
+    found = {point.name: point for point in points(chosen)}
+    assert len(found) == 4 and found["a"].loss == pytest.approx(1.0)
+    assert found["vLLM fp8"].group == "peers" and found["pca 1:2"].group == "study"
+    assert found["vLLM fp8"].perplexity == pytest.approx(10.14)
+
+
+def test_perplexities_of_different_texts_are_not_mixed():
+    same = [quality("a", 2.0, 0.01, "M"), quality("b", 2.0, 0.01, "M")]
+    other = quality("c", 2.0, 0.01, "M")
+    other = other.model_copy(update={"results": {**other.results, "predicted_tokens": 2000}})
+    assert same_text([other, *same]) == same
+
+
+@pytest.mark.parametrize(
+    ("model", "millions"),
+    [
+        ("SmolLM2-135M-Instruct", 135),
+        ("gemma-3-270m-it", 270),
+        ("Qwen2.5-7B", 7000),
+        ("x-1.5b", 1500),
+        ("Qwen2.5-7B-shaped", 7000),
+        ("m", None),
+    ],
+)
+def test_sizes_in_names(model, millions):
+    assert size(model) == millions
+
+
+def test_without_records_the_commands_that_make_them_are_named(tmp_path):
     result = CliRunner().invoke(app, ["plot", "--records", str(tmp_path)])
     assert result.exit_code == 1
-    assert "evaluate block-life" in result.output
+    assert "evaluate block-life" in result.stderr and "calibrate" in result.stderr
+    assert len(missing([])) > 8
+
+
+def test_the_figures_of_the_documentation_are_drawn_from_its_records():
+    found = load_all(RECORDS)
+    assert problems(found, ROOT / "docs" / "images") == []
+    kinds = {name for figure in figures(found) for name in [figure.name.partition("-")[0]]}
+    assert {"memory", "block", "frontier", "perplexity", "spread", "decode", "dashboard"} <= kinds

@@ -15,6 +15,7 @@ from vllm_kvpca.preset import (
     ModelShape,
     Preset,
     PresetConfig,
+    TensorFormat,
     files,
     list_shipped,
     load_preset,
@@ -240,6 +241,31 @@ def test_a_basis_of_one_head_that_is_not_orthonormal(folder, factor):
     basis[2, 1] *= factor
     write_basis(folder, v_basis=basis)
     refused(folder, r"v_basis is not orthonormal")
+
+
+def balanced_config(**changes) -> PresetConfig:
+    k = TensorFormat.model_validate(one_band(4, "balanced"))
+    return make_config(k=k, v=FORMATS["k8v4"].v, **changes)
+
+
+def test_a_balanced_basis_need_not_be_orthonormal(tmp_path):
+    basis = orthonormal() * torch.logspace(-0.5, 0.5, HEAD_DIM)[:, None]
+    save_preset(tmp_path, balanced_config(), {"k": basis}, "")
+    loaded = load_preset(tmp_path)
+    assert loaded.config == balanced_config()
+    torch.testing.assert_close(loaded.bases["k"], basis, rtol=1e-3, atol=1e-6)
+
+
+def test_a_balanced_basis_that_cannot_be_inverted(tmp_path):
+    basis = orthonormal()
+    basis[1, 0, :, 7] = basis[1, 0, :, 8]
+    save_preset(tmp_path, balanced_config(), {"k": basis}, "")
+    refused(tmp_path, r"k_basis cannot be inverted")
+
+
+def test_v_cannot_have_a_balanced_basis(folder):
+    edit_config(folder, v=one_band(4, "balanced"))
+    refused(folder, r"balanced.* is for K")
 
 
 # --- which model ----------------------------------------------------------------------------

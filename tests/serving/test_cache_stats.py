@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import pytest
 from prometheus_client import REGISTRY
 
 from vllm_kvpca.codec.policy import Policy
+from vllm_kvpca.metrics import METRICS
 from vllm_kvpca.pages.plan import PagePlan, peak_blocks
+from vllm_kvpca.serving import cache_stats
 from vllm_kvpca.serving.archive_time import ArchiveTimer, SampleFetcher
 from vllm_kvpca.serving.cache_stats import engine_status, take_stats
 from vllm_kvpca.serving.stat_logger import KvpcaStatLogger
 
-from .shadow import Engine, random_traffic
+from .shadow import Engine, Sequence, random_traffic
 
 PLAN = PagePlan(32, 80)
 LONGEST = 776
@@ -35,38 +40,87 @@ class Scheduler:
         return {sequence.request.request_id: sequence.request for sequence in alive}
 
 
+@dataclass
+class Traffic:
+    """A run, what was reported after every third step, and how it stood then: counted from the
+    sequences that run and their block tables, as the shadow engine knows them."""
+
+    engine: Engine
+    scheduler: Scheduler
+    reports: list[dict] = field(default_factory=list)
+    expected: list[dict] = field(default_factory=list)
+
+    def report(self, running: list[Sequence]) -> None:
+        self.reports.append(take_stats(self.scheduler))
+        block = PLAN.archive_block
+        computed = sum(sequence.request.num_computed_tokens for sequence in running)
+        rows = [len(sequence.tables[1]) for sequence in running]
+        self.expected.append(
+            {
+                "kv_cache_tokens/archived": sum(rows) * block,
+                "kv_cache_tokens/raw": computed - sum(rows) * block,
+                "sequences/archived": sum(map(bool, rows)),
+                "sequences/raw": len(running) - sum(map(bool, rows)),
+            }
+        )
+
+
 @pytest.fixture(scope="module")
-def traffic() -> tuple[Engine, Scheduler, list[dict]]:
-    """Random traffic with preemptions, and what was reported after every third step."""
+def traffic() -> Iterator[Traffic]:
+    """Random traffic with preemptions; nothing is reported but what has changed."""
     policy = Policy(256, 128, PLAN.align)
     blocks = 2 + int(1.15 * peak_blocks(PLAN, policy, LONGEST, 2))
     engine = Engine(PLAN, 256, 128, lag=1, blocks=blocks, reserve=False)
-    scheduler, reports, step, count = Scheduler(engine), [], engine.step, 0
+    traffic, step, count = Traffic(engine, Scheduler(engine)), engine.step, 0
 
     def step_and_report() -> None:
         nonlocal count
         step()
         count += 1
         if count % 3 == 0:
-            reports.append(take_stats(scheduler))
+            traffic.report(engine.running)
 
     engine.step = step_and_report
-    random_traffic(engine, random.Random(3), 170, 2 * PLAN.align + 256)
-    reports.append(take_stats(scheduler))
-    assert engine.counts["preemptions"] > 0 and engine.counts["finished"] > 3
-    return engine, scheduler, reports
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache_stats, "REPEAT_EVERY", math.inf)
+        random_traffic(engine, random.Random(3), 170, 2 * PLAN.align + 256)
+        traffic.report([])  # all were aborted
+        assert engine.counts["preemptions"] > 0 and engine.counts["finished"] > 3
+        yield traffic
 
 
-def test_each_request_that_ended_is_observed_once_and_no_preempted_one(traffic):
-    engine, _, reports = traffic
+def test_gauges_are_true_after_every_report_and_only_changes_are_sent(traffic: Traffic):
+    gauges = {metric.key for metric in METRICS if metric.kind == "gauge"}
+    shown: dict[str, float] = {}
+    for report, expected in zip(traffic.reports, traffic.expected, strict=True):
+        changed = {k: v for k, v in report.items() if k.partition("/")[0] in gauges}
+        assert not changed.items() & shown.items()
+        shown |= changed
+        assert {key: shown[key] for key in expected} == expected
+    assert max(e["kv_cache_tokens/archived"] for e in traffic.expected) > 500
+    assert max(e["sequences/archived"] for e in traffic.expected) > 1
+    assert not any(traffic.expected[-1].values())
+
+
+def test_all_gauges_are_sent_again_now_and_then(traffic: Traffic, monkeypatch):
+    scheduler = Scheduler(traffic.engine)
+    complete = take_stats(scheduler)
+    assert take_stats(scheduler) == {}
+    monkeypatch.setattr(cache_stats, "REPEAT_EVERY", 0.0)
+    again = take_stats(scheduler)
+    assert again == complete | dict.fromkeys(cache_stats.COUNTERS, 0)
+
+
+def test_each_request_that_ended_is_observed_once_and_no_preempted_one(traffic: Traffic):
+    engine, reports = traffic.engine, traffic.reports
     ended = [n for report in reports for n in report.get("request_archived_tokens", [])]
     assert len(ended) == engine.counts["finished"]
     assert any(ended)
     assert all(tokens % PLAN.archive_block == 0 for tokens in ended)
 
 
-def test_two_api_servers_that_share_the_reports_count_everything_once(traffic):
-    engine, scheduler, reports = traffic
+def test_two_api_servers_that_share_the_reports_count_everything_once(traffic: Traffic):
+    engine, scheduler, reports = traffic.engine, traffic.scheduler, traffic.reports
     config = SimpleNamespace(
         model_config=SimpleNamespace(served_model_name="two-servers"), additional_config={}
     )

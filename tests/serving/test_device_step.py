@@ -91,7 +91,7 @@ def vllm_slots(step: StepInput) -> torch.Tensor:
 
 def device_step(step: StepInput, device: torch.device) -> DeviceStep:
     """As serving.backend plans it; decode-only batches end in padding rows, as CUDA graphs'."""
-    from vllm_kvpca.kernels.starts import starts
+    from vllm_kvpca.kernels.starts import list_busy, starts
 
     counts = step.query_start.diff().tolist()
     decodes = sum(count == 1 for count in counts)
@@ -107,6 +107,8 @@ def device_step(step: StepInput, device: torch.device) -> DeviceStep:
     )
     out = torch.empty_like(lengths)
     starts(query_start, lengths, recent_table, RAW_BLOCK, step.policy, out)
+    busy = torch.empty(len(lengths) + 1, dtype=torch.int32, device=device)
+    list_busy(out, lengths, step.policy, busy)
     groups = group_prefills(step.query_start.tolist(), step.lengths.tolist(), decodes, MAX_LENGTH)
     slots = torch.nn.functional.pad(vllm_slots(step), (0, padding), value=-1)
     return DeviceStep(
@@ -116,6 +118,7 @@ def device_step(step: StepInput, device: torch.device) -> DeviceStep:
         query_start=query_start,
         lengths=lengths,
         starts=out,
+        busy=busy,
         slots=slots.to(device),
         recent_table=recent_table,
         archive_table=archive_table,

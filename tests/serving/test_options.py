@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 from vllm.config import (
     CacheConfig,
     KVEventsConfig,
@@ -16,6 +18,7 @@ from vllm.config import (
     VllmConfig,
     set_current_vllm_config,
 )
+from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor import parameter
 from vllm.model_executor.layers import linear
 
@@ -28,8 +31,11 @@ from vllm_kvpca.serving.options import (
     CompressionOptions,
     check_engine,
     full_attention_layers,
+    has_key_bias,
     model_names,
+    model_shape,
 )
+from vllm_kvpca.serving.plugin import register
 
 # --- parsing --------------------------------------------------------------------------------
 
@@ -68,6 +74,43 @@ def test_auto_is_the_model_s_preset_or_one_for_any_model(monkeypatch, names, pre
     assert [args[0] for args in logged] == [preset]
     other = CompressionOptions.parse({"preset": "k8v8"})
     assert other.resolved(names) is other
+
+
+def test_auto_looks_at_the_model_before_the_engine_starts(monkeypatch):
+    """The real road: vLLM's arguments to vLLM's configuration, with no weights at hand."""
+    folder = Path(__file__).parents[2] / "benchmarks" / "models" / "Qwen2.5-7B-shaped"
+    logged = []
+    monkeypatch.setattr(options_module.logger, "info", lambda text, *args: logged.append(args))
+    register()
+    config = EngineArgs(
+        model=str(folder),
+        skip_tokenizer_init=True,
+        additional_config={"kv_compression": {"preset": "auto"}},
+    ).create_engine_config()
+    assert CompressionOptions.of(config).preset == "Qwen--Qwen2.5-7B/kh8v4"
+    assert "not measured on it" in logged[0][1]
+
+
+@pytest.mark.parametrize(
+    ("config", "bias"),
+    [
+        (Qwen2Config(), True),
+        (LlamaConfig(), False),
+        (LlamaConfig(attention_bias=True), True),
+        (Qwen3Config(), False),
+    ],
+)
+def test_models_whose_keys_have_a_bias(config, bias):
+    assert has_key_bias(config) is bias
+
+
+def test_shape_of_a_model():
+    config = Qwen2Config(
+        hidden_size=896, num_attention_heads=14, num_key_value_heads=2, num_hidden_layers=24
+    )
+    assert model_shape(config) == (24, 2, 64)
+    assert model_shape(Qwen3Config(head_dim=128))[2] == 128
+    assert model_shape(SimpleNamespace()) is None
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 from vllm_kvpca.calibration.text import TextFile
 from vllm_kvpca.pages import ArchiveLayout, raw_token_bytes
+from vllm_kvpca.preset.measured import NOT_MEASURED
 from vllm_kvpca.preset.schema import PresetConfig, TensorFormat
 
-NOT_MEASURED = "not measured"
 MEASURED_ROW = "| Perplexity against stock |"
-"""Start of the card's row that an evaluation fills in; see `measured_delta`."""
+"""Start of the card's row that `vllm-kvpca presets --from-records` fills in."""
 
 _LIMITS = """\
 * For this model only: the server refuses it for any other name or shape.
@@ -43,12 +43,18 @@ class Source:
     note: str = ""
 
 
-def write_card(config: PresetConfig, source: Source, energy: dict[str, list[float]]) -> str:
+def write_card(
+    config: PresetConfig,
+    source: Source,
+    energy: dict[str, list[float]],
+    measured: str = NOT_MEASURED,
+) -> str:
     """Text of README.md.
 
     Args:
         config: of a calibrated preset.
         energy: "k", "v" to the share of the energy in each band (see `fit.band_energy`).
+        measured: perplexity against stock, in words.
     """
     model = config.model
     assert model is not None  # the schema demands it for calibrated formats
@@ -82,7 +88,7 @@ def write_card(config: PresetConfig, source: Source, energy: dict[str, list[floa
 
 | What | Result |
 | --- | --- |
-{MEASURED_ROW} {NOT_MEASURED} |
+{MEASURED_ROW} {measured} |
 
 ## Calibration
 
@@ -98,14 +104,6 @@ def write_card(config: PresetConfig, source: Source, energy: dict[str, list[floa
 ## Limits
 
 {_LIMITS}"""
-
-
-def measured_delta(card: str) -> str:
-    """What the card says about perplexity; "not measured" if it says nothing."""
-    for line in card.splitlines():
-        if line.startswith(MEASURED_ROW):
-            return line.removeprefix(MEASURED_ROW).strip(" |")
-    return NOT_MEASURED
 
 
 def _describe(tensor: TensorFormat) -> str:

@@ -2,14 +2,14 @@
 
 K and V are taken where a model hands them to its cache (K after RoPE), queries where it calls
 its attention function, so no module has to be known by name. Nothing but the sums is kept:
-E[x x^T] in float64, per layer and KV head.
+of x x^T and of x, in float64, per layer and KV head.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -48,17 +48,23 @@ class Moments:
         tokens: tokens seen.
         sums: "k", "v", "q" to {layer: (kv_heads, head_dim, head_dim) float64 sum of x x^T};
             "q" over all query heads that read the KV head.
+        firsts: the same keys to {layer: (kv_heads, head_dim) float64 sum of x}.
+        windows: windows seen.
     """
 
     sums: dict[str, dict[int, torch.Tensor]]
     tokens: int = 0
+    firsts: dict[str, dict[int, torch.Tensor]] = field(default_factory=dict)
+    windows: int = 0
 
     def add(self, which: str, layer: int, states: torch.Tensor) -> None:
         """Add the (1, kv_heads, rows, head_dim) states of one layer."""
         x = states[0].double()
-        outer = x.transpose(-1, -2) @ x
-        have = self.sums[which].get(layer)
-        self.sums[which][layer] = outer if have is None else have.add_(outer)
+        for sums, new in (
+            (self.sums[which], x.transpose(-1, -2) @ x),
+            (self.firsts.setdefault(which, {}), x.sum(-2)),
+        ):
+            sums[layer] = sums[layer].add_(new) if layer in sums else new
 
     def mean(self, which: str) -> torch.Tensor:
         """E[x x^T], (layers, kv_heads, head_dim, head_dim) float64, layers in ascending order.
@@ -67,6 +73,10 @@ class Moments:
         """
         sums = self.sums[which]
         return torch.stack([sums[layer].cpu() for layer in sorted(sums)]) / self.tokens
+
+    def only(self, names: Iterable[str]) -> Moments:
+        """The same sums of some of "k", "v", "q"."""
+        return Moments({which: self.sums[which] for which in names}, self.tokens)
 
 
 def attention_shape(model: Any) -> AttentionShape:
@@ -104,38 +114,44 @@ def collect(
     wanted: Iterable[str],
     windows: Iterable[list[int]],
     advance: Callable[[int], None] = lambda tokens: None,
+    moments: Moments | None = None,
+    after_window: Callable[[Moments], None] = lambda moments: None,
 ) -> Moments:
-    """Run the model over token windows and sum up x x^T of what it caches.
+    """Run the model over token windows and sum up x x^T and x of what it caches.
 
     Args:
         model: a transformers model in evaluation mode.
         wanted: of "k", "v" and "q".
         windows: token ids; every window is a sequence of its own.
         advance: called with the tokens of each finished window.
+        moments: of windows that an earlier run has seen; they are added to.
+        after_window: called with all there is after each window.
 
     Raises:
         UnsupportedError: queries are wanted, and the model's attention cannot be observed.
     """
-    moments = Moments({which: {} for which in wanted})
+    found = moments or Moments({which: {} for which in wanted})
 
     def add(layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
-        for which in moments.sums.keys() & {"k", "v"}:
-            moments.add(which, layer, {"k": k, "v": v}[which])
+        for which in found.sums.keys() & {"k", "v"}:
+            found.add(which, layer, {"k": k, "v": v}[which])
 
     def add_queries(layer: int, queries: torch.Tensor) -> None:
         if layer in shape.layers:
-            moments.add("q", layer, queries.unflatten(1, (shape.num_kv_heads, -1)).flatten(2, 3))
+            found.add("q", layer, queries.unflatten(1, (shape.num_kv_heads, -1)).flatten(2, 3))
 
-    with _observed(model, add_queries) if "q" in moments.sums else nullcontext():
+    with observed(model, add_queries) if "q" in found.sums else nullcontext():
         for window in windows:
             _forward(model, window, _Probe(model.config, set(shape.layers), add))
-            moments.tokens += len(window)
+            found.tokens += len(window)
+            found.windows += 1
             advance(len(window))
-    return moments
+            after_window(found)
+    return found
 
 
 @contextmanager
-def _observed(model: Any, visit: Callable[[int, torch.Tensor], None]) -> Iterator[None]:
+def observed(model: Any, visit: Callable[[int, torch.Tensor], None]) -> Iterator[None]:
     """Show the queries of every attention call, (1, heads, tokens, head_dim), to `visit`."""
     before = model.config._attn_implementation
     if before != "sdpa":

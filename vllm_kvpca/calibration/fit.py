@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from vllm_kvpca.calibration.collect import AttentionShape, Moments
-from vllm_kvpca.codec import mix_bands, pca_basis
+from vllm_kvpca.codec import balanced_basis, encoder, mix_bands, pca_basis
 from vllm_kvpca.errors import CalibrationError, LayoutError
 from vllm_kvpca.preset.formats import CALIBRATED_FORMATS, FORMATS
 from vllm_kvpca.preset.schema import ModelShape, PresetConfig
@@ -30,8 +30,10 @@ def check_format(name: str) -> None:
 
 def wanted(config: PresetConfig) -> list[str]:
     """Which of "k", "v" and "q", the queries, the format needs second moments of."""
-    which = [which for which in "kv" if getattr(config, which).basis == "pca"]
-    return [*which, "q"] if CALIBRATED_FORMATS[config.format].query_weighted else which
+    which = [which for which in "kv" if getattr(config, which).calibrated]
+    balanced = config.k.basis == "balanced"
+    queries = balanced or CALIBRATED_FORMATS[config.format].query_weighted
+    return [*which, "q"] if queries else which
 
 
 def preset_config(
@@ -88,8 +90,12 @@ def fit_bases(moments: Moments, config: PresetConfig) -> dict[str, torch.Tensor]
             )
     bases = {}
     for which in sorted(means.keys() - {"q"}):
-        weighted = which == "k" and recipe.query_weighted
-        fitted = pca_basis(_shape(means["k"]) + _shape(means["q"]) if weighted else means[which])
+        if getattr(config, which).basis == "balanced":
+            fitted = balanced_basis(means[which], means["q"])
+        elif which == "k" and recipe.query_weighted:
+            fitted = pca_basis(_shape(means["k"]) + _shape(means["q"]))
+        else:
+            fitted = pca_basis(means[which])
         widths = [band.width for band in getattr(config, which).resolve(fitted.shape[-1])]
         bases[which] = mix_bands(fitted, widths) if recipe.mixed else fitted
     return bases
@@ -99,8 +105,7 @@ def _shape(moment: torch.Tensor) -> torch.Tensor:
     """A second moment without its size: trace 1.
 
     The sum of K's and the queries' is what K's basis diagonalizes: directions in which both are
-    strong come first, those in which neither is last. Weighting one by the other
-    would give an oblique basis, which the kernels do not have.
+    strong come first, those in which neither is last.
     """
     return moment / moment.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
 
@@ -108,10 +113,10 @@ def _shape(moment: torch.Tensor) -> torch.Tensor:
 def band_energy(
     moments: Moments, bases: dict[str, torch.Tensor], config: PresetConfig
 ) -> dict[str, list[float]]:
-    """Share of E[|x|^2] that falls into each band, averaged over layers and KV heads."""
+    """Share of the components' energy that falls into each band, averaged over layers and heads."""
     shares: dict[str, list[float]] = {}
     for which, basis in bases.items():
-        columns = basis.double()
+        columns = encoder(basis).double()
         energy = (columns * (moments.mean(which) @ columns)).sum(-2)
         energy = (energy / energy.sum(-1, keepdim=True)).mean((0, 1))
         widths = [band.width for band in getattr(config, which).resolve(basis.shape[-1])]

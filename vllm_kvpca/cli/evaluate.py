@@ -144,6 +144,32 @@ def capacity(
 
 
 @app.command()
+def memory(
+    model: Model,
+    format: Annotated[list[str], typer.Option(help="Format; give it once for each.")] = [  # noqa: B006
+        "k8v8",
+        "k8v4",
+        "k7v4",
+        "k5v4",
+    ],
+    max_model_len: MaxModelLen = 131_072,
+    compress_after: CompressAfter = 512,
+    keep_recent: KeepRecent = 256,
+    output: Output = RECORDS,
+) -> None:
+    """KV memory of one sequence over its length, from the page plan; starts no engine."""
+    from vllm_kvpca.evaluation.memory import measure
+
+    record = measure(model, format, max_model_len, compress_after, keep_recent)
+    results: Any = record.results
+    for row in results["formats"]:
+        held = row["raw_bytes"][-1] + row["archive_bytes"][-1]
+        ratio = results["stock_bytes"][-1] / held
+        print(f"{row['format']}: {held / 2**20:,.0f} MiB at {max_model_len:,} tokens, {ratio:.2f}x")
+    print(f"  {record.write(output)}")
+
+
+@app.command()
 def throughput(
     model: Model,
     preset: Preset,

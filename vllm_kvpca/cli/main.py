@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 
 import vllm_kvpca
 from vllm_kvpca.cli import (
+    api_docs,
     bench,
     calibrate,
     dashboards,
@@ -26,6 +27,7 @@ from vllm_kvpca.cli import (
     plot,
     presets,
     tables,
+    tune,
 )
 from vllm_kvpca.errors import KvpcaError
 
@@ -71,6 +73,7 @@ def _root(
     pass
 
 
+app.command("api-docs")(api_docs.api_docs)
 app.add_typer(bench.app, name="bench")
 app.command("calibrate")(calibrate.calibrate)
 app.command("dashboards")(dashboards.dashboards)
@@ -85,6 +88,7 @@ app.command("metrics-docs")(metrics_docs.metrics_docs)
 app.command("plot")(plot.plot)
 app.command("presets")(presets.presets)
 app.command("tables")(tables.tables)
+app.command("tune")(tune.tune)
 
 if __name__ == "__main__":
     app()

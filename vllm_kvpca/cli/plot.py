@@ -14,16 +14,27 @@ from vllm_kvpca.errors import OptionsError
 def plot(
     records: Annotated[Path, typer.Option(help="Folder of records.")] = RECORDS,
     output: Annotated[Path, typer.Option(help="Folder of the figures.")] = Path("docs/images"),
+    everything: Annotated[
+        bool, typer.Option("--all", help="Fail if a kind of figure has no record.")
+    ] = False,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check", help="Draw nothing; fail if a figure is missing, stale or has no record."
+        ),
+    ] = False,
 ) -> None:
-    """Draw the figures of all records, for light and dark pages, as SVG and PNG."""
+    """Draw the figures for which there are records, for light and dark pages, as PNG."""
     from vllm_kvpca.evaluation.record import load_all
-    from vllm_kvpca.plots.figures import draw_all
+    from vllm_kvpca.plots.figures import draw_all, figures, missing, problems
 
-    paths = draw_all(load_all(records), output)
-    if not paths:
-        raise OptionsError(
-            f"{records} holds no record that can be drawn: make one with "
-            "vllm-kvpca evaluate block-life."
-        )
-    for path in paths:
+    found = load_all(records)
+    if check:
+        if wrong := problems(found, output):
+            raise OptionsError(f"{'; '.join(wrong)}. Run vllm-kvpca plot.")
+        return
+    without = missing(found)
+    if without and (everything or not figures(found)):
+        raise OptionsError(f"{records} has no record for these figures: {'; '.join(without)}.")
+    for path in draw_all(found, output):
         print(path)

@@ -10,7 +10,8 @@ import typer
 from vllm_kvpca.cli.evaluate import RECORDS
 from vllm_kvpca.errors import OptionsError
 
-FILES = [Path("README.md"), Path("docs/results.md"), Path("docs/deploy.md")]
+_NAMES = ("README.md", "docs/results.md", "docs/calibration.md", "docs/deploy.md", "docs/codec.md")
+FILES = [Path(name) for name in _NAMES]
 
 
 def tables(

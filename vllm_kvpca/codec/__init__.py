@@ -1,15 +1,24 @@
 """The map between a raw head vector and its archived bytes: pure torch, no vLLM."""
 
 from vllm_kvpca.codec.bands import Band, decode_bands, encode_bands, resolve_bands
-from vllm_kvpca.codec.basis import hadamard_basis, identity_basis, mix_bands, pca_basis
+from vllm_kvpca.codec.basis import (
+    balanced_basis,
+    encoder,
+    hadamard_basis,
+    identity_basis,
+    mix_bands,
+    pca_basis,
+)
 from vllm_kvpca.codec.policy import Policy, boundary
 
 __all__ = [
     "Band",
     "Policy",
+    "balanced_basis",
     "boundary",
     "decode_bands",
     "encode_bands",
+    "encoder",
     "hadamard_basis",
     "identity_basis",
     "mix_bands",

@@ -4,13 +4,18 @@ A component vector y (length = sum of the widths) is stored band by band:
 
     16 bits   the values themselves, in the model's dtype, no scale
      8 bits   s = absmax(y_b) / 127, code = round(y_b / s) in [-127, 127], one int8 each
-     4 bits   s = absmax(y_b) / 7,   code = round(y_b / s) in [-7, 7], in two's complement;
-              byte j of a band of width w holds component j in its low and component
-              j + w/2 in its high nibble, so that each half unpacks to a contiguous run
+     4 bits   s = extreme(y_b) / -8, code = round(y_b / s) in [-8, 7], in two's complement;
+              extreme is the component of largest magnitude with its sign, so s may be negative
+              and all 16 codes are used. Byte j of a band of width w holds component j in its
+              low and component j + w/2 in its high nibble, so that each half unpacks to a
+              contiguous run
      0 bits   nothing; the components are dropped
 
 The scale is rounded to bfloat16 before the codes are computed from it, so decoding uses
 exactly the scale that encoding used.
+
+With codes in [-7, 7] and s = absmax / 7 the squared error of 64 Gaussian components is 29 % larger
+(docs/results.md has what that costs); ggml's Q4_0 takes the same step.
 """
 
 from __future__ import annotations
@@ -27,7 +32,8 @@ SCALE_DTYPE = torch.bfloat16
 SCALE_BYTES = 2
 RAW_BITS = 16
 RAW_BYTES = 2
-QMAX = {8: 127, 4: 7}
+QUANTIZED = (8, 4)
+"""Bit widths whose bands have a scale."""
 WIDTH_STEP = 8
 """Band widths are multiples of this, which keeps every run of codes 4-byte aligned."""
 
@@ -60,7 +66,7 @@ class Band:
     @property
     def scale_bytes(self) -> int:
         """Bytes of scale per token and head."""
-        return SCALE_BYTES if self.bits in QMAX else 0
+        return SCALE_BYTES if self.bits in QUANTIZED else 0
 
 
 def resolve_bands(shares: Sequence[tuple[Fraction, int]], head_dim: int) -> tuple[Band, ...]:
@@ -87,7 +93,7 @@ def code_bytes(bands: Sequence[Band]) -> int:
 
 def num_scales(bands: Sequence[Band]) -> int:
     """Scales per token and head over all bands."""
-    return sum(band.bits in QMAX for band in bands)
+    return sum(band.bits in QUANTIZED for band in bands)
 
 
 def stored_width(bands: Sequence[Band]) -> int:
@@ -126,15 +132,21 @@ def encode_bands(y: torch.Tensor, bands: Sequence[Band]) -> tuple[torch.Tensor, 
 
 
 def _quantize(y: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    qmax = QMAX[bits]
-    scale = (y.abs().amax(-1, keepdim=True) / qmax).to(SCALE_DTYPE)
+    if bits == 8:
+        scale = (y.abs().amax(-1, keepdim=True) / 127).to(SCALE_DTYPE)
+        return _codes(y, scale, -127, 127).view(torch.uint8), scale
+    most, least = y.amax(-1, keepdim=True), y.amin(-1, keepdim=True)
+    extreme = torch.where(most > -least, most, least)
+    scale = (extreme * -0.125).to(SCALE_DTYPE)
+    scale = torch.where(scale == 0, torch.zeros_like(scale), scale)  # no -0: bits are compared
+    low, high = _codes(y, scale, -8, 7).view(torch.uint8).chunk(2, -1)
+    return (low & 15) | (high << 4), scale
+
+
+def _codes(y: torch.Tensor, scale: torch.Tensor, low: int, high: int) -> torch.Tensor:
     # A zero vector has scale 0; dividing by 1 instead gives the codes 0 it needs.
-    divisor = torch.where(scale > 0, scale, torch.ones_like(scale)).float()
-    q = (y / divisor).round_().clamp_(-qmax, qmax).to(torch.int8)
-    if bits == 4:
-        low, high = q.view(torch.uint8).chunk(2, -1)
-        return (low & 15) | (high << 4), scale
-    return q.view(torch.uint8), scale
+    divisor = torch.where(scale == 0, torch.ones_like(scale), scale).float()
+    return (y / divisor).round_().clamp_(low, high).to(torch.int8)
 
 
 def signed_nibbles(codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,7 +1,8 @@
-"""Orthonormal bases (head_dim x components): identity, Hadamard, PCA.
+"""Bases (head_dim x components): identity, Hadamard, PCA, and one that is not orthonormal.
 
-A head vector x becomes components y = B^T x. All bases are square and orthonormal;
-dropping components is the bands' business.
+A head vector x becomes components y = E^T x, and x = B y. An orthonormal B is its own E; of a
+`balanced_basis`, E is the inverse transposed (`encoder`). All bases are square; dropping
+components is the bands' business.
 """
 
 from __future__ import annotations
@@ -10,6 +11,11 @@ import math
 from collections.abc import Sequence
 
 import torch
+
+LEAST_ENERGY = 1e-4
+"""Share of the mean energy that every direction is taken to have at least."""
+ORTHONORMAL_TOLERANCE = 5e-3
+"""Entries of float16 bases are off by up to 5e-4; sums over 256 of them stay below this."""
 
 
 def identity_basis(head_dim: int) -> torch.Tensor:
@@ -60,6 +66,55 @@ def pca_basis(second_moment: torch.Tensor) -> torch.Tensor:
     largest = vectors.abs().argmax(-2, keepdim=True)
     sign = torch.gather(vectors, -2, largest).sign()
     return (vectors * sign).float()
+
+
+def balanced_basis(moment: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Basis for vectors of which only products with others matter: keys, read by queries.
+
+    Components y = E^T k are rounded with errors of equal size, and an error e of them is seen as
+    (B^T q)^T e. Keys want E small where they are large, queries want B = E^-T small where they
+    are large: the loss tr(E^T moment E) tr(B^T weight B) is least for the symmetric E with
+    E moment E = E^-1 weight E^-1, the square root of the geometric mean of moment^-1 and weight
+    (Bhatia, Positive Definite Matrices, 2007, chapter 4), followed by any rotation. The rotation
+    taken is to the eigenvectors of what both have become, largest first, so that bands fit.
+
+    Args:
+        moment: (..., head_dim, head_dim), E[k k^T], float64 recommended.
+        weight: the same shape, E[q q^T].
+
+    Returns:
+        B, (..., head_dim, head_dim) float32, invertible; its `encoder` gives components.
+    """
+    moment, weight = _regular(moment), _regular(weight)
+    root, back = _power(moment, 0.5), _power(moment, -0.5)
+    mean = back @ _power(root @ weight @ root, 0.5) @ back
+    stretch = _power(mean, 0.5)
+    turn = pca_basis(stretch @ moment @ stretch).double()
+    return (_power(mean, -0.5) @ turn).float()
+
+
+def _regular(moment: torch.Tensor) -> torch.Tensor:
+    """Scaled to trace 1, with a floor under directions that the text does not show."""
+    size = moment.shape[-1]
+    moment = moment.double() / moment.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+    eye = torch.eye(size, dtype=moment.dtype, device=moment.device)
+    return moment + LEAST_ENERGY / size * eye
+
+
+def _power(matrix: torch.Tensor, exponent: float) -> torch.Tensor:
+    values, vectors = torch.linalg.eigh(matrix)
+    return (vectors * values.clamp_min(1e-30)[..., None, :] ** exponent) @ vectors.mT
+
+
+def encoder(basis: torch.Tensor) -> torch.Tensor:
+    """E with E^T B = 1: the basis itself if it is orthonormal, else its inverse transposed.
+
+    Args:
+        basis: (..., head_dim, head_dim), invertible.
+    """
+    if orthonormality_error(basis) < ORTHONORMAL_TOLERANCE:
+        return basis
+    return torch.linalg.inv(basis.double()).mT.contiguous().to(basis.dtype)
 
 
 def mix_bands(basis: torch.Tensor, widths: Sequence[int]) -> torch.Tensor:

@@ -53,6 +53,8 @@ SECONDS = 30
 PROMPTS = (2048, 8192, 32000)
 """Prompts for time to first token: the first two fit one chunk, the last needs several."""
 REPEATS = 3
+FIRST_TOKENS = 9
+"""Single prompts timed for each length: one takes tens of milliseconds, give or take a few."""
 
 
 def measure(settings: EngineSettings) -> dict[str, Any]:
@@ -177,7 +179,7 @@ def _add_requests(engine: Any, vocabulary: int, load: Load) -> Iterator[str]:
 
 def _first_token(llm: Any, vocabulary: int, length: int) -> float:
     load = Load("first token", 1, length, 1)
-    return median(_generate(llm, vocabulary, load) for _ in range(REPEATS)) * 1e3
+    return median(_generate(llm, vocabulary, load) for _ in range(FIRST_TOKENS)) * 1e3
 
 
 def compare(results: dict[str, dict[str, Any]]) -> dict[str, Any]:

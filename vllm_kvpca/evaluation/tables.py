@@ -14,11 +14,14 @@ from typing import Any
 
 from vllm_kvpca.errors import OptionsError
 from vllm_kvpca.evaluation import answer_tables as answers
+from vllm_kvpca.evaluation import operation_tables as operation
 from vllm_kvpca.evaluation.cells import stored, thresholds
+from vllm_kvpca.evaluation.codec_tables import CODEC_HEADS, CODEC_TABLES, codec_rows
 from vllm_kvpca.evaluation.engine import STOCK
 from vllm_kvpca.evaluation.quality import put_beside
 from vllm_kvpca.evaluation.record import Record
 
+_Rows = Callable[[Record], list[list[str]]]
 _BENCHES = ("kernels", "engine", "memory-limited")
 _TABLE = re.compile(r"(<!-- table:(?P<kind>[a-z-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
@@ -42,7 +45,8 @@ def table(kind: str, records: Sequence[Record]) -> str:
     if kind not in _TABLES:
         raise OptionsError(f"there is no table {kind!r}; known: {', '.join(_TABLES)}.")
     heads, rows = _TABLES[kind]
-    chosen = sorted((r for r in records if r.kind == kind), key=_order)
+    of_kind = "codec-study" if kind in CODEC_TABLES else kind
+    chosen = sorted((r for r in records if r.kind == of_kind and rows(r)), key=_order)
     if kind == "quality-transformers":
         chosen = [put_beside(record, records) for record in chosen]
     if not chosen:
@@ -57,9 +61,20 @@ def table(kind: str, records: Sequence[Record]) -> str:
 def _command(kind: str) -> str:
     if kind == "quality-transformers":
         return "vllm-kvpca evaluate quality --through transformers"
-    scripts = {"load": "serve_load", "metrics-overhead": "metrics_overhead"}
+    if kind == "layouts":
+        return "make test-layouts"
+    scripts = {
+        "load": "serve_load",
+        "guidellm": "guidellm_load",
+        "metrics-overhead": "metrics_overhead",
+        "soak": "soak",
+    }
+    scripts |= dict.fromkeys(CODEC_TABLES, "codec_study")
     if kind in scripts:
         return f"python benchmarks/{scripts[kind]}.py"
+    others = {"calibration": "vllm-kvpca calibrate", "key-bias": "python benchmarks/key_bias.py"}
+    if kind in others:
+        return others[kind]
     return f"vllm-kvpca {'bench' if kind in _BENCHES else 'evaluate'} {kind}"
 
 
@@ -176,6 +191,41 @@ def _metrics_overhead(record: Record) -> list[str]:
     ]
 
 
+def _key_bias_heads(record: Record) -> list[str]:
+    return ["K in 8 bits per token", *(f"bias: {name}" for name in _biases(record))]
+
+
+def _biases(record: Record) -> list[str]:
+    results: Any = record.results
+    return list(dict.fromkeys(row["bias"] for row in results["rows"]))
+
+
+def _key_bias(record: Record) -> list[list[str]]:
+    """A line for each way to store K: KL divergence of the attention weights, nats."""
+    results: Any = record.results
+    lines: dict[str, list[str]] = {}
+    for row in results["rows"]:
+        lines.setdefault(row["stored"], []).append(f"{row['kl_nats']:.4f}")
+    return [[name, *cells] for name, cells in lines.items()]
+
+
+def _calibration(record: Record) -> list[list[str]]:
+    """A line for each of K and V: mean over layers, and the range."""
+    results: Any = record.results
+    lines = []
+    for which in ("k", "v"):
+        rows = [row for row in results["layers"] if row["tensor"] == which]
+        cells = []
+        for key in ("channel_gain_db", "coding_gain_db"):
+            values = [row[key] for row in rows]
+            low, high = min(values), max(values)
+            cells.append(f"{sum(values) / len(values):.1f} dB ({low:.1f} to {high:.1f})")
+        shares = [row["mean_share"] for row in rows]
+        cells.append(f"{sum(shares) / len(shares):.0%} ({min(shares):.0%} to {max(shares):.0%})")
+        lines.append([which.upper(), *cells])
+    return lines
+
+
 def _one(row: Callable[[Record], list[str]]) -> _Rows:
     return lambda record: [row(record)]
 
@@ -228,10 +278,29 @@ def _memory_limited(record: Record) -> list[list[str]]:
     return rows
 
 
+_LOAD_HEADS = [
+    "server",
+    "requests answered",
+    "failed",
+    "output tokens/s",
+    "first token, median ms",
+    "p99",
+    "between tokens, median ms",
+    "p99",
+]
 _PRESET = ["preset", "raw / archived bytes of K and V (of V alone)"]
-_Rows = Callable[[Record], list[list[str]]]
 _Heads = list[str] | Callable[[Record], list[str]]
 _TABLES: dict[str, tuple[_Heads, _Rows]] = {
+    "calibration": (
+        [
+            "mean over layers (range)",
+            "coding gain of the channels",
+            "coding gain of the PCA basis",
+            "energy that is the same for every token",
+        ],
+        _calibration,
+    ),
+    "key-bias": (_key_bias_heads, _key_bias),
     "quality": (
         [
             *_PRESET,
@@ -271,6 +340,8 @@ _TABLES: dict[str, tuple[_Heads, _Rows]] = {
         ],
         _one(_throughput),
     ),
+    "soak": (operation.SOAK_HEADS, operation.soak),
+    "layouts": (operation.LAYOUT_HEADS, operation.layouts),
     "metrics-overhead": (
         [
             "sequences that decode",
@@ -282,24 +353,14 @@ _TABLES: dict[str, tuple[_Heads, _Rows]] = {
         ],
         _one(_metrics_overhead),
     ),
-    "load": (
-        [
-            "server",
-            "requests answered",
-            "failed",
-            "output tokens/s",
-            "first token, median ms",
-            "p99",
-            "between tokens, median ms",
-            "p99",
-        ],
-        _load,
-    ),
+    "load": (_LOAD_HEADS, _load),
+    "guidellm": (_LOAD_HEADS, _load),
     "needle": (answers.FACTS_HEADS, answers.facts),
     "recall": (answers.FACTS_HEADS, answers.facts),
     "divergence": (answers.DIVERGENCE_HEADS, answers.divergence),
     "quality-transformers": (answers.TRANSFORMERS_HEADS, answers.transformers),
     "tasks": (answers.TASKS_HEADS, answers.tasks),
+    **{name: (CODEC_HEADS, codec_rows(group)) for name, group in CODEC_TABLES.items()},
     "kernels": (_kernel_heads, _kernels),
     "engine": (
         [

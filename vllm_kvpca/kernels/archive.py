@@ -1,7 +1,8 @@
 """Archive: encode tokens that leave the window, and write them into archive pages.
 
-One entry point for every step: programs find their tokens on the device, from a grid that
-does not depend on them, so a launch of a decode step can be part of a CUDA graph.
+One entry point for every step: programs find their sequences in a list on the device
+(starts.list_busy), from a grid that does not depend on it, so a launch of a decode step can be
+part of a CUDA graph. In most decode steps the list is short or empty.
 """
 # Triton reads annotations of kernel parameters, so only tl.constexpr is annotated.
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -15,13 +16,17 @@ import triton.language as tl
 from vllm_kvpca.codec.policy import Policy
 from vllm_kvpca.kernels.band_table import check_last_dim, checked_basis, code_rows, layout_constants
 from vllm_kvpca.kernels.layer_codec import LayerCodec
+from vllm_kvpca.kernels.overlap import follow_previous, launch_options, overlaps
 from vllm_kvpca.kernels.starts import boundary
 
-TILE_TOKENS = 32
-DECODE_TILES = 4
+TILE_TOKENS = 16
+"""The fewest that a matrix instruction takes: what waits in a decode step is one tile's latency."""
+DECODE_TILES = 8
 """Programs for each sequence, head and tensor in a decode step; they loop if work remains."""
-MAX_TILES = 64
+MAX_TILES = 128
 """The most in any step: prompts of 2,000 tokens and more fill a GPU anyway."""
+SLOTS = 8
+"""Sequences that are archived at a time; programs loop if more are listed."""
 
 
 def archive(
@@ -36,6 +41,7 @@ def archive(
     archive_table: torch.Tensor,
     policy: Policy,
     codec: LayerCodec,
+    busy: torch.Tensor,
     max_new: int = 1,
 ) -> None:
     """Archive what leaves the window in a step; the reference is `reference.archive_step`.
@@ -53,20 +59,21 @@ def archive(
         starts: (batch,) int32 tokens that are archived already.
         recent_table, archive_table: (batch, width) int32 block ids by position in the
             sequence; tokens from or to the null block 0 are passed over.
+        busy: the sequences that archive something, from starts.list_busy.
         max_new: about the most new tokens of one sequence. It sizes the grid only.
     """
     check_last_dim(pages=pages, recent=recent, key=key, value=value)
     check_last_dim(recent_table=recent_table, archive_table=archive_table)
     if not len(lengths):
         return
-    grid = (_tiles(max_new, policy), 2 * key.shape[1], len(lengths))
+    grid = (_tiles(max_new, policy), 2 * key.shape[1], min(SLOTS, len(lengths)))
     head_dim = key.shape[2]
     _archive_kernel[grid](
         pages,
         recent,
         key,
         value,
-        checked_basis(codec.k_basis),
+        checked_basis(codec.k_encoder),
         checked_basis(codec.v_basis),
         (
             *pages.stride()[:2],
@@ -77,6 +84,7 @@ def archive(
         query_start,
         lengths,
         starts,
+        busy,
         recent_table,
         archive_table,
         recent_table.stride(0),
@@ -88,7 +96,9 @@ def archive(
         HEAD_DIM=head_dim,
         CHUNK=32 if head_dim % 32 == 0 else 16,
         TILE=TILE_TOKENS,
+        OVERLAP=overlaps(),
         num_warps=4 if head_dim <= 128 else 8,
+        **launch_options(overlaps()),
         **layout_constants(codec.layout),
     )
 
@@ -108,6 +118,7 @@ def _tiles(max_new: int, policy: Policy) -> int:
         "query_start",
         "lengths",
         "starts",
+        "busy",
         "recent_table",
         "archive_table",
         "recent_table_stride",
@@ -125,6 +136,7 @@ def _archive_kernel(
     query_start,
     lengths,
     starts,
+    busy,
     recent_table,
     archive_table,
     recent_table_stride,
@@ -143,52 +155,54 @@ def _archive_kernel(
     V_SCALES: tl.constexpr,
     V_BANDS: tl.constexpr,
     ARCHIVE_BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
-    """Every num_programs(0)-th tile of one sequence's [start, boundary), for one head of K or V.
-
-    Most decode steps archive nothing: then the loop has no iteration. Byte map: `_archive_tile`.
+    """Every num_programs(0)-th tile of [start, boundary), for one head of K or V, of every
+    num_programs(2)-th sequence in the list. Byte map: `_archive_tile`.
     """
-    sequence = tl.program_id(2).to(tl.int64)
-    length = tl.load(lengths + sequence)
-    start = tl.load(starts + sequence)
-    first_token = tl.load(query_start + sequence)
-    computed = length - (tl.load(query_start + sequence + 1) - first_token)
-    end = boundary(length, COMPRESS_AFTER, KEEP_RECENT, ALIGN)
-    recent_row = recent_table + sequence * recent_table_stride
-    archive_row = archive_table + sequence * archive_table_stride
-    for first in range(start + tl.program_id(0) * TILE, end, tl.num_programs(0) * TILE):
-        position = first + tl.arange(0, TILE)
-        inside = position < end
-        is_new = position >= computed
-        target = tl.load(archive_row + position // ARCHIVE_BLOCK, mask=inside, other=0)
-        source = tl.load(recent_row + position // RAW_BLOCK, mask=inside & ~is_new, other=0)
-        # Block 0 is the null block: nothing is read from it and nothing written to it.
-        valid = (target > 0) & (is_new | (source > 0))
-        _archive_tile(
-            pages,
-            recent,
-            key,
-            value,
-            k_basis,
-            v_basis,
-            strides,
-            source.to(tl.int64),
-            position % RAW_BLOCK,
-            (first_token + position - computed).to(tl.int64),
-            is_new,
-            target.to(tl.int64),
-            position % ARCHIVE_BLOCK,
-            valid,
-            HEAD_DIM,
-            CHUNK,
-            TILE,
-            K_CODES,
-            K_SCALES,
-            K_BANDS,
-            V_CODES,
-            V_SCALES,
-            V_BANDS,
-        )
+    follow_previous(OVERLAP)
+    for listed in range(tl.program_id(2), tl.load(busy), tl.num_programs(2)):
+        sequence = tl.load(busy + 1 + listed).to(tl.int64)
+        length = tl.load(lengths + sequence)
+        start = tl.load(starts + sequence)
+        first_token = tl.load(query_start + sequence)
+        computed = length - (tl.load(query_start + sequence + 1) - first_token)
+        end = boundary(length, COMPRESS_AFTER, KEEP_RECENT, ALIGN)
+        recent_row = recent_table + sequence * recent_table_stride
+        archive_row = archive_table + sequence * archive_table_stride
+        for first in range(start + tl.program_id(0) * TILE, end, tl.num_programs(0) * TILE):
+            position = first + tl.arange(0, TILE)
+            inside = position < end
+            is_new = position >= computed
+            target = tl.load(archive_row + position // ARCHIVE_BLOCK, mask=inside, other=0)
+            source = tl.load(recent_row + position // RAW_BLOCK, mask=inside & ~is_new, other=0)
+            # Block 0 is the null block: nothing is read from it and nothing written to it.
+            valid = (target > 0) & (is_new | (source > 0))
+            _archive_tile(
+                pages,
+                recent,
+                key,
+                value,
+                k_basis,
+                v_basis,
+                strides,
+                source.to(tl.int64),
+                position % RAW_BLOCK,
+                (first_token + position - computed).to(tl.int64),
+                is_new,
+                target.to(tl.int64),
+                position % ARCHIVE_BLOCK,
+                valid,
+                HEAD_DIM,
+                CHUNK,
+                TILE,
+                K_CODES,
+                K_SCALES,
+                K_BANDS,
+                V_CODES,
+                V_SCALES,
+                V_BANDS,
+            )
 
 
 @triton.jit
@@ -302,17 +316,19 @@ def _encode_band(
         _put(code_rows(page, token, CODES, byte, raw_type), CODES, y.to(raw_type), mask, valid)
     elif bits == 8:
         y, mask = _components(source, basis, column, width, HEAD_DIM, CHUNK, TILE)
-        scale, divisor = _scale(tl.max(tl.abs(y), 1), 127.0)
+        scale, divisor = _scale(tl.div_rn(tl.max(tl.abs(y), 1), 127.0))
         tl.store(scales, scale, mask=valid)
-        code = _round(y, divisor, 127.0).to(tl.uint8)
+        code = _round(y, divisor, -127.0, 127.0).to(tl.uint8)
         _put(code_rows(page, token, CODES, byte, tl.uint8), CODES, code, mask, valid)
     elif bits == 4:
         half: tl.constexpr = width // 2
         low, mask = _components(source, basis, column, half, HEAD_DIM, CHUNK, TILE)
         high, _ = _components(source, basis, column + half, half, HEAD_DIM, CHUNK, TILE)
-        scale, divisor = _scale(tl.max(tl.maximum(tl.abs(low), tl.abs(high)), 1), 7.0)
+        most = tl.max(tl.maximum(low, high), 1)
+        least = tl.min(tl.minimum(low, high), 1)
+        scale, divisor = _scale(tl.where(most > -least, most, least) * -0.125)
         tl.store(scales, scale, mask=valid)
-        code = (_round(low, divisor, 7.0) & 15) | (_round(high, divisor, 7.0) << 4)
+        code = (_round(low, divisor, -8.0, 7.0) & 15) | (_round(high, divisor, -8.0, 7.0) << 4)
         code = (code & 255).to(tl.uint8)
         _put(code_rows(page, token, CODES, byte, tl.uint8), CODES, code, mask, valid)
 
@@ -363,28 +379,28 @@ def _load(source, columns, mask):
 
 
 @triton.jit
-def _scale(largest, qmax):
-    """absmax / qmax rounded to bfloat16, and what to divide by: 1 for a zero vector.
+def _scale(exact):
+    """The scale rounded to bfloat16, never -0, and what to divide by: 1 for a zero vector.
 
     The rounding (ties to even) is spelled out because Triton's interpreter truncates.
     """
-    bits = tl.div_rn(largest, qmax).to(tl.uint32, bitcast=True)
+    bits = exact.to(tl.uint32, bitcast=True)
     bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    bits = tl.where(bits == 0x8000, 0, bits)
     scale = bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    rounded = scale.to(tl.float32)
-    return scale, tl.where(rounded > 0, rounded, 1.0)
+    return scale, tl.where(bits == 0, 1.0, scale.to(tl.float32))
 
 
 @triton.jit
-def _round(y, divisor, qmax):
-    """Codes in [-qmax, qmax] as int32, rounded half to even as torch.round does.
+def _round(y, divisor, low, high):
+    """Codes in [low, high] as int32, rounded half to even as torch.round does.
 
     Adding 1.5 * 2^23 leaves float32 no bits for a fraction, so the addition itself rounds,
     and ties to even. |y / divisor| stays below 256, far inside the trick's range of 2^22.
     """
     magic = 12582912.0
     rounded = (tl.div_rn(y, divisor[:, None]) + magic) - magic
-    return tl.clamp(rounded, -qmax, qmax).to(tl.int32)
+    return tl.clamp(rounded, low, high).to(tl.int32)
 
 
 @triton.jit

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_kvpca.codec.bands import QMAX, Band
+from vllm_kvpca.codec.bands import QUANTIZED, Band
 from vllm_kvpca.pages.layout import TOGETHER, ArchiveLayout, Region
 
 BandRow = tuple[int, int, int, int, int]
@@ -25,7 +25,7 @@ def band_table(bands: Sequence[Band]) -> tuple[BandRow, ...]:
         rows.append((band.bits, band.width, column, byte, scale))
         column += band.width
         byte += band.code_bytes
-        scale += band.bits in QMAX
+        scale += band.bits in QUANTIZED
     return tuple(rows)
 
 

@@ -10,7 +10,6 @@ graph.
 
 from __future__ import annotations
 
-import os
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -34,6 +33,7 @@ from vllm_kvpca.kernels.decode_plan import (
 )
 from vllm_kvpca.kernels.decode_split import split_kernel
 from vllm_kvpca.kernels.layer_codec import LayerCodec
+from vllm_kvpca.kernels.overlap import interpreted, launch_options, overlaps
 from vllm_kvpca.pages.layout import ArchiveLayout, raw_token_bytes
 
 __all__ = ["DecodeWorkspace", "Tuning", "decode", "make_workspace", "plan_decode"]
@@ -43,11 +43,6 @@ LEAST_TOKENS = 64
 """Raw tokens' worth of bytes below which a chunk does not pay for its merge."""
 FEW_MERGES = 32
 """Sequences times KV heads up to which the merge takes query heads one by one."""
-
-
-def interpreted() -> bool:
-    """Whether Triton runs kernels in its interpreter, which knows no inline assembly."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def plan_decode(
@@ -122,7 +117,7 @@ def decode(
         rotated = _rotate(query, codec.k_basis, workspace)
     split, merge = _launches(
         codec.layout, head_dim, recent.shape[2], group, batch, kv_heads,
-        codec.v_basis is not None, query.dtype, bool(soft_cap), tuning,
+        codec.v_basis is not None, query.dtype, bool(soft_cap), tuning, overlaps(),
     )  # fmt: skip
     common = (
         *(workspace.sums, workspace.maxima, workspace.weights),
@@ -174,8 +169,13 @@ def launches(
     dtype: torch.dtype = torch.bfloat16,
     has_cap: bool = False,
     tuning: Tuning | None = None,
+    overlap: bool = False,
 ) -> tuple[Launch, Launch]:
-    """How the split and the merge kernel are compiled for one kind of batch."""
+    """How the split and the merge kernel are compiled for one kind of batch.
+
+    Args:
+        overlap: see kernels.overlap.
+    """
     tuning = tuning or Tuning()
     archive, raw = archive_part(layout), recent_part(head_dim, raw_block)
     check_tiles(archive.block, tuning.archive_tile)
@@ -185,7 +185,10 @@ def launches(
         "ROWS": row_count(group),
         "DIM": head_dim,
         "HAS_CAP": has_cap,
+        "OVERLAP": overlap,
     }
+    # A merge with a basis fills half a multiprocessor, so that it finds room only when split
+    # programs end; one without would wait where they could run (docs/performance.md).
     split = {
         **shared,
         **_constants("A", archive),
@@ -196,6 +199,7 @@ def launches(
         "CHUNK_FIELDS": CHUNK_FIELDS,
         "DTYPE": triton_dtype(dtype),
         "INTERPRET": interpreted(),
+        "EARLY": has_basis,
     }
     # Few programs: one per query head, so that many read a sequence's many chunks. Many
     # programs: one per KV head, so that the basis is read once for its query heads.
@@ -211,8 +215,8 @@ def launches(
         "PRECISION": _basis_precision(dtype),
     }
     return (
-        Launch(split_kernel, split, _options(tuning)),
-        Launch(merge_kernel, merge, {"num_warps": 4}),
+        Launch(split_kernel, split, _options(tuning) | launch_options(overlap)),
+        Launch(merge_kernel, merge, {"num_warps": 4} | launch_options(overlap)),
     )
 
 

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from vllm_kvpca.kernels.decode_ops import capped, fold, unfold
+from vllm_kvpca.kernels.overlap import wait_for_previous
 
 
 @triton.jit
@@ -64,6 +65,7 @@ def merge_kernel(
     DROPPED: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, MERGED: tl.constexpr,
     DIM: tl.constexpr, WIDTH: tl.constexpr, STEP: tl.constexpr, SPAN_FIELDS: tl.constexpr,
     HAS_CAP: tl.constexpr, HAS_BASIS: tl.constexpr, PRECISION: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid (batch, kv_heads, ceil(GROUP / MERGED)): MERGED query heads at a time, 1 or ROWS.
 
@@ -77,18 +79,31 @@ def merge_kernel(
     row = tl.program_id(2) * MERGED + tl.arange(0, MERGED)
     in_group = row < GROUP
     column = tl.arange(0, WIDTH)
+    s64 = sequence.to(tl.int64)
+    h64 = head.to(tl.int64)
+    q_head = h64 * GROUP + row
+    mask = in_group[:, None] & (column < DIM)[None, :]
+
+    # All that does not come from the split programs is read while they still run.
+    length = tl.load(lengths + sequence)
     span = spans + sequence * SPAN_FIELDS
     a_first = tl.load(span)
     a_count = tl.load(span + 1)
     r_first = tl.load(span + 2)
     r_count = tl.load(span + 3)
+    q = tl.load(query + s64 * q_stride_b + q_head[:, None] * q_stride_h + column[None, :],
+                mask, other=0.0).to(tl.float32)  # fmt: skip
+    k = tl.load(key + s64 * k_stride_b + h64 * k_stride_h + column, column < DIM, other=0.0)
+    v = tl.load(value + s64 * v_stride_b + h64 * v_stride_h + column, column < DIM, other=0.0)
+    if HAS_BASIS:
+        at = basis + h64 * b_stride_h + column[None, :] * b_stride_d + column[:, None] * b_stride_c
+        b = tl.load(at, (column < DIM)[:, None] & (column < DIM)[None, :], other=0.0)
+    score = tl.sum(q * k.to(tl.float32)[None, :], 1)
+    score = capped(score * score_scale, soft_cap, HAS_CAP)
+    wait_for_previous(OVERLAP)
 
-    s64 = sequence.to(tl.int64)
-    h64 = head.to(tl.int64)
-    q_head = h64 * GROUP + row
-    mask = in_group[:, None] & (column < DIM)[None, :]
     out_at = out + s64 * o_stride_b + q_head[:, None] * o_stride_h + column[None, :]
-    if tl.load(lengths + sequence) == 0:
+    if length == 0:
         tl.store(out_at, tl.zeros((MERGED, WIDTH), out.dtype.element_ty), mask)
         return
 
@@ -101,13 +116,6 @@ def merge_kernel(
         (), DIM, ROWS, MERGED, WIDTH, STEP,
     )  # fmt: skip
 
-    q = tl.load(query + s64 * q_stride_b + q_head[:, None] * q_stride_h + column[None, :],
-                mask, other=0.0).to(tl.float32)  # fmt: skip
-    k = tl.load(key + s64 * k_stride_b + h64 * k_stride_h + column, column < DIM, other=0.0)
-    v = tl.load(value + s64 * v_stride_b + h64 * v_stride_h + column, column < DIM, other=0.0)
-    score = tl.sum(q * k.to(tl.float32)[None, :], 1)
-    score = capped(score * score_scale, soft_cap, HAS_CAP)
-
     top = tl.maximum(tl.maximum(a_top, r_top), score)
     a_scale = tl.exp2(a_top - top)
     r_scale = tl.exp2(r_top - top)
@@ -117,8 +125,6 @@ def merge_kernel(
     result += (n_scale * norm)[:, None] * v.to(tl.float32)[None, :]
     components = components * (a_scale * norm)[:, None]
     if HAS_BASIS:
-        at = basis + h64 * b_stride_h + column[None, :] * b_stride_d + column[:, None] * b_stride_c
-        b = tl.load(at, (column < DIM)[:, None] & (column < DIM)[None, :], other=0.0)
         if MERGED == 1:
             result += tl.sum(tl.reshape(components, (WIDTH, 1)) * b, 0)[None, :]
         else:

@@ -40,6 +40,7 @@ from vllm_kvpca.kernels.decode_ops import (
     two_terms,
     unfold,
 )
+from vllm_kvpca.kernels.overlap import launch_next, wait_for_previous
 
 
 @triton.jit
@@ -193,7 +194,7 @@ def _add_values(sums, p, fade, page, token, v_page, v_token, valid, AT: tl.const
         else:
             if v == 0 or V[v][2] != V[v - 1][2] or V[v - 1][0] == 16:
                 w = p * _scales(page + (AT[7] + 2 * V[v][2]), token, valid, AT[8])[None, :]
-                largest = tl.maximum(tl.max(w, 1), 1e-30)
+                largest = tl.maximum(tl.max(tl.abs(w), 1), 1e-30)  # scales may be negative
                 hi, lo = two_terms(w * (1 / largest * LEVELS)[:, None])
                 if ROWS == 8:
                     hi = stacked(hi, lo)
@@ -232,9 +233,12 @@ def _attend(
     sums_ptr, maxima_ptr, weights_ptr,
     AT: tl.constexpr, K: tl.constexpr, V: tl.constexpr, TILE: tl.constexpr,
     PERMUTED: tl.constexpr, DTYPE: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
-    DIM: tl.constexpr, HAS_CAP: tl.constexpr, INTERPRET: tl.constexpr,
+    DIM: tl.constexpr, HAS_CAP: tl.constexpr, INTERPRET: tl.constexpr, LATE: tl.constexpr,
 ):  # fmt: skip
-    """Attention over the tokens of [begin, end) in tiles [first, last), into the workspace."""
+    """Attention over the tokens of [begin, end) in tiles [first, last), into the workspace.
+
+    LATE: let the merge be launched after the last tile.
+    """
     q = _prepare(query, q_stride, score_scale, K, DTYPE, GROUP, ROWS)
     sums = ()
     for v in tl.static_range(len(V)):
@@ -260,6 +264,7 @@ def _attend(
         sums = _add_values(sums, p, fade, page, token, v_page, v_token, valid, AT, V, TILE, DTYPE,
                            ROWS, PERMUTED, INTERPRET)  # fmt: skip
         top = new_top
+    launch_next(LATE)
     for v in tl.static_range(len(V)):
         row = tl.arange(0, sums[v].shape[0])
         column = tl.arange(0, V[v][5])
@@ -280,7 +285,7 @@ def split_kernel(
     A_PERMUTED: tl.constexpr, R_AT: tl.constexpr, R_K: tl.constexpr, R_V: tl.constexpr,
     R_TILE: tl.constexpr, CHUNK_FIELDS: tl.constexpr, DTYPE: tl.constexpr,
     GROUP: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, HAS_CAP: tl.constexpr,
-    INTERPRET: tl.constexpr,
+    INTERPRET: tl.constexpr, OVERLAP: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Grid (kv_heads, capacity of `chunks`). Programs of empty chunks return at once.
 
@@ -289,7 +294,10 @@ def split_kernel(
         recent, pages: bytes; strides in bytes. Tables: int32, their rows' strides.
         chunks: see decode_chunks. score_scale: softmax scale, times log2(e) without cap.
         A_*, R_*: `Part` of the archive and of the recent pages, and tokens at a time.
+        EARLY: let the merge be launched at once, or when a program has attended; see `launches`.
     """
+    wait_for_previous(OVERLAP)
+    launch_next(OVERLAP and EARLY)
     head = tl.program_id(0)
     chunk = chunks + tl.program_id(1) * CHUNK_FIELDS
     first = tl.load(chunk + 1)
@@ -310,6 +318,7 @@ def split_kernel(
             pages + head.to(tl.int64) * p_stride_h, p_stride_b, archive_table + row * at_stride,
             first, last, begin, end, score_scale, soft_cap, sums_ptr, maxima_ptr, weights_ptr,
             A_AT, A_K, A_V, A_TILE, A_PERMUTED, DTYPE, GROUP, ROWS, DIM, HAS_CAP, INTERPRET,
+            OVERLAP and not EARLY,
         )  # fmt: skip
     else:
         _attend(
@@ -317,4 +326,5 @@ def split_kernel(
             recent + head.to(tl.int64) * r_stride_h, r_stride_b, recent_table + row * rt_stride,
             first, last, begin, end, score_scale, soft_cap, sums_ptr, maxima_ptr, weights_ptr,
             R_AT, R_K, R_V, R_TILE, False, DTYPE, GROUP, ROWS, DIM, HAS_CAP, INTERPRET,
+            OVERLAP and not EARLY,
         )  # fmt: skip

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 
 import torch
 
 from vllm_kvpca.codec.bands import Band, decode_bands, encode_bands
+from vllm_kvpca.codec.basis import encoder
 from vllm_kvpca.pages.layout import ArchiveLayout
 
 
@@ -17,14 +18,21 @@ class LayerCodec:
 
     Attributes:
         layout: where codes and scales lie in a page.
-        k_basis, v_basis: (kv_heads, head_dim, head_dim) float32; None is the identity.
+        k_basis, v_basis: (kv_heads, head_dim, head_dim) float32; None is the identity. V's is
+            orthonormal.
         dtype: the model's dtype, in which 16-bit bands are stored.
+        k_encoder: what K is multiplied with when it is archived; k_basis if that is orthonormal.
     """
 
     layout: ArchiveLayout
     k_basis: torch.Tensor | None
     v_basis: torch.Tensor | None
     dtype: torch.dtype
+    k_encoder: torch.Tensor | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        k_encoder = None if self.k_basis is None else encoder(self.k_basis)
+        object.__setattr__(self, "k_encoder", k_encoder)
 
     def encode(self, x: torch.Tensor, which: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes and scales of head vectors.
@@ -36,7 +44,7 @@ class LayerCodec:
         Returns:
             (tokens, kv_heads, code_bytes) uint8, (tokens, kv_heads, num_scales) bfloat16.
         """
-        basis = self.k_basis if which == "k" else self.v_basis
+        basis = self.k_encoder if which == "k" else self.v_basis
         if basis is not None:
             x = torch.einsum("thd,hdc->thc", x.float(), basis)
         return encode_bands(x, self.bands(which))
@@ -66,7 +74,7 @@ class LayerCodec:
         return self.layout.k_bands if which == "k" else self.layout.v_bands
 
     def rotate_query(self, query: torch.Tensor) -> torch.Tensor:
-        """Queries in K's component space, so that q . k = (B^T q) . (B^T k).
+        """Queries in K's component space, so that q . k = (B^T q) . (E^T k).
 
         Args:
             query: (batch, kv_heads, rows, head_dim) float32.

@@ -1,4 +1,5 @@
-"""Where the raw part of each sequence starts: `starts` of a step, on the device.
+"""What a step needs to know of its sequences, found on the device: where the raw part of each
+starts, and which of them archive something (`list_busy`).
 
     start = min(n, max(boundary(n), leading null rows * raw_block rounded up to `align`))
 
@@ -20,6 +21,8 @@ from vllm_kvpca.codec.policy import Policy
 
 ROWS = 64
 """Rows of a block table that are looked at together."""
+LISTED = 256
+"""Sequences that are looked at together."""
 
 
 def starts(
@@ -50,6 +53,27 @@ def starts(
         ALIGN=policy.align,
         ROWS=ROWS,
         num_warps=1,
+    )
+
+
+def list_busy(
+    starts: torch.Tensor, lengths: torch.Tensor, policy: Policy, out: torch.Tensor
+) -> None:
+    """The sequences of a step that archive something: few in most decode steps.
+
+    Args:
+        starts, lengths: (batch,) int32, see `starts`.
+        out: (1 + batch,) int32 or longer: their number, then their rows in the batch.
+    """
+    _list_busy[(1,)](
+        starts,
+        lengths,
+        out,
+        len(lengths),
+        AFTER=policy.compress_after,
+        RECENT=policy.keep_recent,
+        ALIGN=policy.align,
+        WIDTH=LISTED,
     )
 
 
@@ -91,3 +115,27 @@ def _starts(
         row += first
         searching = (first == ROWS) & (row < rows)
     tl.store(out + sequence, tl.minimum(computed, tl.cdiv(row * RAW_BLOCK, ALIGN) * ALIGN))
+
+
+@triton.jit(do_not_specialize=["starts", "lengths", "out", "batch"])
+def _list_busy(
+    starts,
+    lengths,
+    out,
+    batch,
+    AFTER: tl.constexpr,
+    RECENT: tl.constexpr,
+    ALIGN: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    count = 0
+    for first in range(0, batch, WIDTH):
+        sequence = first + tl.arange(0, WIDTH)
+        inside = sequence < batch
+        start = tl.load(starts + sequence, inside, other=0)
+        length = tl.load(lengths + sequence, inside, other=0)
+        busy = (inside & (boundary(length, AFTER, RECENT, ALIGN) > start)).to(tl.int32)
+        place = count + tl.cumsum(busy)
+        tl.store(out + place, sequence, busy > 0)
+        count += tl.sum(busy)
+    tl.store(out, count)

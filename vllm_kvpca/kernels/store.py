@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from vllm_kvpca.kernels.band_table import check_last_dim
+from vllm_kvpca.kernels.overlap import follow_previous, launch_options, overlaps
 
 TILE_ROWS = 8
 """(token, head) pairs of one program: 4 KiB of K and V with head_dim 128."""
@@ -44,6 +45,8 @@ def store(
         WIDTH=triton.next_power_of_2(head_dim),
         RAW_BLOCK=recent.shape[2],
         ROWS=TILE_ROWS,
+        OVERLAP=overlaps(),
+        **launch_options(overlaps()),
     )
 
 
@@ -67,6 +70,7 @@ def _store_kernel(
     WIDTH: tl.constexpr,
     RAW_BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Copy ROWS (token, head) pairs; the heads of a token lie side by side in K and V.
 
@@ -75,6 +79,7 @@ def _store_kernel(
         | K e0 .. e[head_dim - 1] | V e0 .. e[head_dim - 1] |
         0                         2 * head_dim              4 * head_dim
     """
+    follow_previous(OVERLAP)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     token, head = row // HEADS, row % HEADS
     slot = tl.load(slots + token, mask=row < num_rows, other=-1).to(tl.int64)

@@ -60,6 +60,16 @@ def peak_raw_blocks(policy: Policy, raw_block: int, max_model_len: int, batches:
     return min(-(-max_model_len // raw_block), held)
 
 
+def held_blocks(policy: Policy, raw_block: int, n: int) -> tuple[int, int]:
+    """Raw and archive blocks of a decoding sequence of `n` computed tokens.
+
+    Not counted is the moment when tokens have just been archived and their raw blocks wait
+    for the step to be processed.
+    """
+    boundary = policy.boundary(n)
+    return -(-n // raw_block) - boundary // raw_block, boundary // policy.align
+
+
 def decoding_blocks(policy: Policy, raw_block: int, max_model_len: int) -> int:
     """Most blocks of both groups in use by a decoding sequence of up to `max_model_len` tokens.
 
@@ -72,10 +82,7 @@ def decoding_blocks(policy: Policy, raw_block: int, max_model_len: int) -> int:
     ends = (moved - 1 - i * policy.align for i in range(raw_block))
     lengths = [max_model_len, min(max_model_len, policy.compress_after)]
     lengths += [n for n in ends if policy.compress_after < n < max_model_len]
-    return max(
-        policy.boundary(n) // policy.align - (-n // raw_block) - policy.boundary(n) // raw_block
-        for n in lengths
-    )
+    return max(sum(held_blocks(policy, raw_block, n)) for n in lengths)
 
 
 def peak_blocks(plan: PagePlan, policy: Policy, max_model_len: int, batches: int = 1) -> int:

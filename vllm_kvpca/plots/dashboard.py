@@ -3,7 +3,7 @@ drawing (no Grafana took part)."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 from vllm_kvpca.evaluation.record import Record
@@ -13,9 +13,9 @@ _COLUMNS = 4
 _SCALES = {"bytes": (2**20, "MiB"), "percentunit": (0.01, "%"), "s": (1, "s"), "x": (1, "x")}
 
 
-def draw_dashboard(record: Record, theme: Theme, folder: Path) -> list[Path]:
-    """One small chart per panel, in the order of the dashboard; returns the file written."""
-    panels: Any = record.results["panels"]
+def draw_dashboard(records: Sequence[Record], theme: Theme) -> Any:
+    """One small chart per panel, in the order of the dashboard."""
+    panels: Any = records[0].results["panels"]
     rows = -(-len(panels) // _COLUMNS)
     figure, grid = pyplot().subplots(rows, _COLUMNS, figsize=(16, 2.5 * rows), layout="constrained")
     for axes, panel in zip(grid.flat, panels, strict=False):
@@ -23,10 +23,7 @@ def draw_dashboard(record: Record, theme: Theme, folder: Path) -> list[Path]:
         style(figure, axes, theme)
     for axes in list(grid.flat)[len(panels) :]:
         axes.set_visible(False)
-    path = folder / f"{record.kind}-{theme.name}.png"
-    figure.savefig(path, dpi=90)
-    pyplot().close(figure)
-    return [path]
+    return figure
 
 
 def _draw(axes: Any, panel: dict[str, Any], theme: Theme) -> None:

@@ -1,99 +1,120 @@
-"""Figures from records, each for a light and a dark page, as SVG and PNG."""
+"""The figures of the documentation: which there are, from which records, and whether their files
+are up to date. Each is drawn for a light and for a dark page."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from vllm_kvpca.evaluation.block_life import mib
 from vllm_kvpca.evaluation.record import Record
 from vllm_kvpca.plots.dashboard import draw_dashboard
-from vllm_kvpca.plots.themes import THEMES, Theme, pyplot, style
+from vllm_kvpca.plots.memory import draw_block_life, draw_memory
+from vllm_kvpca.plots.needle import draw_needle
+from vllm_kvpca.plots.quality import by_format, by_model, draw_frontier, draw_models, draw_sizes
+from vllm_kvpca.plots.speed import draw_speed
+from vllm_kvpca.plots.spread import draw_spread
+from vllm_kvpca.plots.themes import THEMES, Theme, checksum, origin, save
+
+_SMALL = 80
+"""Dots per inch of a figure with many panels."""
+
+
+class Figure(NamedTuple):
+    """One file for each theme: name-light.png, name-dark.png."""
+
+    name: str
+    records: list[Record]
+    draw: Callable[[Sequence[Record], Theme], Any]
+    dpi: int | None = None
+
+    def path(self, folder: Path, theme: Theme) -> Path:
+        return folder / f"{self.name}-{theme.name}.png"
+
+
+COMMANDS = {
+    "memory": "vllm-kvpca evaluate memory",
+    "block-life": "vllm-kvpca evaluate block-life",
+    "frontier": "vllm-kvpca evaluate quality",
+    "perplexity": "vllm-kvpca evaluate quality",
+    "model-size": "vllm-kvpca evaluate quality, with a preset of one format on two models",
+    "spread": "vllm-kvpca calibrate --records benchmarks/records",
+    "needle": "vllm-kvpca evaluate needle",
+    "recall": "vllm-kvpca evaluate recall",
+    "decode-speed": "vllm-kvpca bench kernels",
+    "dashboard": "make test-dashboards",
+}
+"""Kinds of figures, and what makes a record for each."""
+
+
+def figures(records: Sequence[Record]) -> list[Figure]:
+    """Every figure for which there are records."""
+    return list(_figures(records))
+
+
+def _figures(records: Sequence[Record]) -> Iterator[Figure]:
+    def of(*kinds: str) -> list[Record]:
+        return [record for record in records if record.kind in kinds]
+
+    for record in of("memory"):
+        yield Figure(f"memory-{_short(record)}", [record], draw_memory)
+    for record in of("block-life"):
+        yield Figure(f"block-life-{record.settings['preset']}", [record], draw_block_life)
+    quality = [r for r in of("quality") if r.settings["compress_after"] == 0]
+    for chosen in by_model([*quality, *of("codec-study")]).values():
+        yield Figure(f"frontier-{_short(chosen[0])}", chosen, draw_frontier)
+    if quality:
+        yield Figure("perplexity", quality, draw_models)
+    if by_format(quality):
+        yield Figure("model-size", quality, draw_sizes)
+    for record in of("calibration"):
+        yield Figure(f"spread-{_short(record)}", [record], draw_spread)
+    for kind in ("needle", "recall"):
+        for chosen in by_model([r for r in of(kind) if r.settings["through"] == "engine"]).values():
+            yield Figure(f"{kind}-{_short(chosen[0])}", chosen, draw_needle)
+    for record in of("kernels"):
+        yield Figure("decode-speed", [record], draw_speed)
+    for record in of("dashboard"):
+        yield Figure("dashboard", [record], draw_dashboard, _SMALL)
+
+
+def _short(record: Record) -> str:
+    return record.model.rpartition("/")[2].lower()
 
 
 def draw_all(records: Sequence[Record], folder: Path) -> list[Path]:
     """Draw every figure for which there are records; returns the files written."""
     folder.mkdir(parents=True, exist_ok=True)
-    paths: list[Path] = []
-    for record in records:
-        if record.kind == "block-life":
-            for theme in THEMES:
-                paths += block_life(record, theme, folder)
-        if record.kind == "dashboard":
-            for theme in THEMES:
-                paths += draw_dashboard(record, theme, folder)
+    paths = []
+    for figure in figures(records):
+        for theme in THEMES:
+            path = figure.path(folder, theme)
+            more = {"dpi": figure.dpi} if figure.dpi else {}
+            save(figure.draw(figure.records, theme), path, figure.records, **more)
+            paths.append(path)
     return paths
 
 
-def block_life(record: Record, theme: Theme, folder: Path) -> list[Path]:
-    """KV memory of one request over its computed tokens: raw and archive blocks on top of each
-    other, and what stock holds for the same tokens."""
-    life: Any = record.results["preset"]
-    stock: Any = record.results["stock"]
-    figure, axes = pyplot().subplots(figsize=(8, 4.2), layout="constrained")
-    tokens = life["computed_tokens"][:-1]  # the last sample lies after the end
-    raw, archive = mib(life, "raw")[:-1], mib(life, "archive")[:-1]
-    axes.stackplot(tokens, archive, raw, step="post", colors=[theme.archive, theme.raw], lw=0)
-    axes.step(stock["computed_tokens"][:-1], mib(stock)[:-1], where="post", color=theme.ink, lw=1.8)
-    _label_areas(axes, tokens, archive, raw, mib(stock)[:-1], theme)
-    _mark_prompt_end(axes, record, theme)
-    settings = record.settings
-    title = (
-        f"KV memory of one request: {record.model}, {settings['preset']}, "
-        f"compress after {settings['compress_after']}, keep {settings['keep_recent']} recent"
-    )
-    axes.set_title(title, loc="left", color=theme.ink, fontsize=10.5)
-    axes.set_xlabel("computed tokens")
-    axes.set_ylabel("MiB in use")
-    axes.set_xlim(0, tokens[-1])
-    axes.set_ylim(0, max(mib(stock)) * 1.08)
-    style(figure, axes, theme)
-    name = f"block-life-{settings['preset']}-{theme.name}"
-    paths = [folder / f"{name}.{ending}" for ending in ("svg", "png")]
-    figure.savefig(paths[0], metadata={"Date": None})
-    figure.savefig(paths[1], dpi=160)
-    pyplot().close(figure)
-    return paths
+def missing(records: Sequence[Record]) -> list[str]:
+    """Kinds of figures for which there is no record, each with what makes one."""
+    names = [figure.name for figure in figures(records)]
+    return [
+        f"{kind}: {command}"
+        for kind, command in COMMANDS.items()
+        if not any(name == kind or name.startswith(f"{kind}-") for name in names)
+    ]
 
 
-def _label_areas(
-    axes: Any,
-    tokens: Sequence[int],
-    archive: Sequence[float],
-    raw: Sequence[float],
-    stock: Sequence[float],
-    theme: Theme,
-) -> None:
-    """Names beside the areas, with what each holds at the end."""
-    end = tokens[-1]
-
-    def label(text: str, y: float, color: str) -> None:
-        axes.annotate(
-            text,
-            (end, y),
-            xytext=(8, 0),
-            textcoords="offset points",
-            va="center",
-            color=color,
-            annotation_clip=False,
-        )
-
-    label(f"stock: {stock[-1]:.0f} MiB", stock[-1], theme.ink)
-    label(f"raw: {raw[-1]:.0f} MiB", archive[-1] + raw[-1] / 2, theme.raw)
-    label(f"archive: {archive[-1]:.0f} MiB", archive[-1] / 2, theme.archive)
-
-
-def _mark_prompt_end(axes: Any, record: Record, theme: Theme) -> None:
-    prompt: Any = record.settings["prompt_tokens"]
-    axes.axvline(prompt, color=theme.ink, lw=0.8, ls=":")
-    axes.annotate(
-        "end of prompt",
-        (prompt, 0.02),
-        xycoords=("data", "axes fraction"),
-        xytext=(-4, 0),
-        textcoords="offset points",
-        ha="right",
-        fontsize=8.5,
-        color=theme.paper,
-    )
+def problems(records: Sequence[Record], folder: Path) -> list[str]:
+    """What is wrong with a folder of figures: not drawn, drawn from other records, or without."""
+    found = []
+    expected = {
+        figure.path(folder, theme): figure for figure in figures(records) for theme in THEMES
+    }
+    for path, figure in expected.items():
+        if not path.exists():
+            found.append(f"{path} is not drawn")
+        elif origin(path) != checksum(figure.records):
+            found.append(f"{path} was drawn from other records")
+    found += [f"{path} has no record" for path in folder.glob("*.*") if path not in expected]
+    return found

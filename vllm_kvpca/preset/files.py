@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,10 +21,14 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from vllm_kvpca.codec.basis import hadamard_basis, orthonormality_error
+from vllm_kvpca.codec.basis import (
+    ORTHONORMAL_TOLERANCE,
+    hadamard_basis,
+    orthonormality_error,
+)
 from vllm_kvpca.errors import PresetInvalid, PresetMismatch, PresetNotFound
 from vllm_kvpca.pages.layout import ArchiveLayout
-from vllm_kvpca.preset.formats import DEFAULT, FORMATS, RECOMMENDED
+from vllm_kvpca.preset.formats import DEFAULT, DEFAULT_WITH_KEY_BIAS, FORMATS, RECOMMENDED
 from vllm_kvpca.preset.schema import PresetConfig, TensorFormat
 
 CONFIG_FILE = "config.json"
@@ -32,8 +37,8 @@ CARD_FILE = "README.md"
 TEXTS_FILE = "calibration.json"
 MAX_CONFIG_BYTES = 1 << 20
 MAX_BASIS_BYTES = 4 << 30
-ORTHONORMAL_TOLERANCE = 5e-3
-"""Entries of float16 bases are off by up to 5e-4; sums over 256 of them stay below this."""
+MAX_CONDITION = 1e4
+"""Of bases that are not orthonormal: beyond this the float16 of a file is not exact enough."""
 
 
 @dataclass(frozen=True)
@@ -105,16 +110,19 @@ class Preset:
         covered = set(self.config.layers if self.config.layers is not None else range(num_layers))
         if missing := sorted(set(layers) - covered):
             wrong.append(f"no basis for layers {missing}")
-        if names and not any(same_model(shape.name, name) for name in names):
+        same = same_model if self.config.calibrated else same_family
+        if names and not any(same(shape.name, name) for name in names):
             wrong.append(f"model {shape.name}")
         if wrong:
             model = names[0] if names else "MODEL"
+            made = "calibrated" if self.config.calibrated else "chosen"
             raise PresetMismatch(
-                f"preset {self.name!r} was calibrated for another model: it has "
+                f"preset {self.name!r} was {made} for another model: it has "
                 f"{', '.join(wrong)}{f'; you have {model!r}' if names else ''}. "
                 f"Use a calibration-free format ({', '.join(FORMATS)}) or calibrate one: "
                 f"vllm-kvpca calibrate --model {model} "
-                f"--format {self.config.format} --text FILES --output DIR."
+                f"--format {self.config.format if self.config.calibrated else RECOMMENDED} "
+                "--text FILES --output DIR."
             )
 
 
@@ -124,10 +132,20 @@ def same_model(expected: str, served: str) -> bool:
     Only the last part is compared, so that a local copy of a Hub model is accepted.
     """
 
-    def last(name: str) -> str:
-        return name.rstrip("/").replace("--", "/").rsplit("/", 1)[-1].lower()
+    return _last(expected) == _last(served)
 
-    return last(expected) == last(served)
+
+def same_family(expected: str, served: str) -> bool:
+    """Whether a served name is a variant of a model: "Qwen2.5-7B-Instruct" of "Qwen2.5-7B".
+
+    For presets without calibration, which depend on the architecture and not on the weights.
+    """
+    pattern = rf"(^|[-_.]){re.escape(_last(expected))}($|[-_.])"
+    return re.search(pattern, _last(served)) is not None
+
+
+def _last(name: str) -> str:
+    return name.rstrip("/").replace("--", "/").rsplit("/", 1)[-1].lower()
 
 
 def shipped_root() -> Path:
@@ -146,23 +164,41 @@ def list_shipped() -> dict[str, Path | None]:
     return names
 
 
-def choose_preset(names: Sequence[str]) -> tuple[str, str]:
+def choose_preset(
+    names: Sequence[str], shape: tuple[int, int, int] | None = None, key_bias: bool = False
+) -> tuple[str, str]:
     """What the preset "auto" stands for.
 
     Args:
         names: under which the model is known: path, served names.
+        shape: layers, KV heads and head_dim of the model, None if not known.
+        key_bias: whether its K has a bias.
 
     Returns:
-        The shipped preset of the recommended format if there is one for the model, else the
-        calibration-free default; and a sentence that says why.
+        The preset of the recommended format shipped for the model, else the one shipped for its
+        architecture, else a calibration-free default; and a sentence that says why.
     """
-    for shipped in list_shipped():
-        owner, _, format_name = shipped.partition("/")
-        if format_name == RECOMMENDED and any(same_model(owner, name) for name in names):
-            return shipped, "it is shipped for this model."
-    return DEFAULT, (
-        f"no {RECOMMENDED} preset is shipped for this model, and it needs no calibration."
-    )
+    shipped = list_shipped()
+    for name in shipped:
+        owner, _, format_name = name.partition("/")
+        if format_name == RECOMMENDED and any(same_model(owner, served) for served in names):
+            return name, "it is shipped for this model."
+    for name, folder in shipped.items():
+        if folder and any(same_family(name.partition("/")[0], served) for served in names):
+            config = _load_config(name, folder / CONFIG_FILE)
+            if not config.calibrated and shape in (None, _shape(config)):
+                return name, (
+                    "it is shipped for this architecture, not measured on it. " + config.description
+                )
+    why = f"no {RECOMMENDED} preset is shipped for this model, and it needs no calibration."
+    if key_bias:
+        return DEFAULT_WITH_KEY_BIAS, f"{why} K is rotated, because this model's K has a bias."
+    return DEFAULT, why
+
+
+def _shape(config: PresetConfig) -> tuple[int, int, int] | None:
+    model = config.model
+    return (model.num_layers, model.num_kv_heads, model.head_dim) if model else None
 
 
 def load_preset(name: str | os.PathLike[str]) -> Preset:
@@ -252,7 +288,7 @@ def _load_bases(name: str, path: Path, config: PresetConfig) -> dict[str, torch.
         tensors = load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise PresetInvalid(f"{path} cannot be read ({error}): truncated? {again}") from error
-    wanted = [which for which in "kv" if getattr(config, which).basis == "pca"]
+    wanted = [which for which in "kv" if getattr(config, which).calibrated]
     if set(tensors) != {f"{which}_basis" for which in wanted}:
         raise PresetInvalid(f"{path} holds {sorted(tensors)}, not the bases of {wanted}. {again}")
     return {w: _check_basis(path, w, tensors[f"{w}_basis"], config, again) for w in wanted}
@@ -272,6 +308,14 @@ def _check_basis(
         )
     if not torch.isfinite(basis).all():
         raise PresetInvalid(f"{path}: {which}_basis holds NaN or infinity. {again}")
+    if getattr(config, which).basis == "balanced":
+        condition = float(torch.linalg.cond(basis.double()).max())
+        if not condition < MAX_CONDITION:
+            raise PresetInvalid(
+                f"{path}: {which}_basis cannot be inverted (condition number {condition:.3g}). "
+                f"{again}"
+            )
+        return basis.float()
     error = orthonormality_error(basis)
     if error > ORTHONORMAL_TOLERANCE:
         raise PresetInvalid(

@@ -37,6 +37,13 @@ FORMATS: dict[str, PresetConfig] = {
             v=_tensor("hadamard", ("1", 4)),
         ),
         PresetConfig(
+            format="kh8v4",
+            description="K in int8 and V in int4, both after a Hadamard rotation: for models "
+            "whose K has a large bias.",
+            k=_tensor("hadamard", ("1", 8)),
+            v=_tensor("hadamard", ("1", 4)),
+        ),
+        PresetConfig(
             format="v-hadamard-mixed",
             description="K raw, V after a Hadamard rotation: 3/8 in int8, the rest in int4.",
             k=_RAW,
@@ -70,6 +77,7 @@ CALIBRATED_FORMATS: dict[str, CalibratedFormat] = {
         "K raw, V in its PCA basis: the strongest 3/8 of the components in int8, the rest in int4.",
         _RAW,
         _tensor("pca", ("3/8", 8), ("5/8", 4)),
+        mixed=True,
     ),
     "k7v4": CalibratedFormat(
         "K in a basis weighted by the queries: 3/4 of the components in int8, the rest in int4. "
@@ -87,6 +95,13 @@ CALIBRATED_FORMATS: dict[str, CalibratedFormat] = {
         mixed=True,
         query_weighted=True,
     ),
+    "k4v4": CalibratedFormat(
+        "K in int4 in a basis balanced between keys and queries, which is not orthonormal. "
+        "V in int4 after a Hadamard rotation.",
+        _tensor("balanced", ("1", 4)),
+        _HADAMARD_4,
+        mixed=True,
+    ),
     "v-rank-int8": CalibratedFormat(
         "K raw, V cut to 3/4 of its PCA components in int8. Kept for comparison: dropping "
         "components loses far more quality than the same bytes in mixed bit widths.",
@@ -97,6 +112,9 @@ CALIBRATED_FORMATS: dict[str, CalibratedFormat] = {
 """Formats that `vllm-kvpca calibrate` turns into presets, by name."""
 
 AUTO = "auto"
-"""In place of a preset's name: RECOMMENDED if it is shipped for the model, else DEFAULT."""
+"""In place of a preset's name; see files.choose_preset."""
 RECOMMENDED = "k7v4"
 DEFAULT = "k8v4"
+DEFAULT_WITH_KEY_BIAS = "kh8v4"
+"""A bias of K in a few channels makes one scale per token too coarse for all others. Rotated, it is
+spread over all components (benchmarks/key_bias.py)."""

@@ -41,10 +41,11 @@ class BandSpec(_Strict):
 class TensorFormat(_Strict):
     """How K or V is stored: a basis and the bands of its components.
 
-    `identity` and `hadamard` need no calibration; `pca` comes from basis.safetensors.
+    `identity` and `hadamard` need no calibration; `pca` (orthonormal) and `balanced` (K only, any
+    invertible matrix; see codec.balanced_basis) come from basis.safetensors.
     """
 
-    basis: Literal["identity", "hadamard", "pca"]
+    basis: Literal["identity", "hadamard", "pca", "balanced"]
     bands: tuple[BandSpec, ...] = Field(min_length=1, max_length=16)
 
     @model_validator(mode="after")
@@ -56,6 +57,11 @@ class TensorFormat(_Strict):
         if all(band.bits == 0 for band in self.bands):
             raise ValueError("every band has 0 bits, so nothing would be stored")
         return self
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the basis comes from basis.safetensors."""
+        return self.basis in ("pca", "balanced")
 
     def resolve(self, head_dim: int) -> tuple[Band, ...]:
         """Bands with widths for one head dimension.
@@ -91,7 +97,7 @@ class PresetConfig(_Strict):
     @property
     def calibrated(self) -> bool:
         """Whether basis.safetensors is needed."""
-        return "pca" in (self.k.basis, self.v.basis)
+        return self.k.calibrated or self.v.calibrated
 
     @model_validator(mode="after")
     def _check(self) -> PresetConfig:
@@ -102,5 +108,7 @@ class PresetConfig(_Strict):
                     f"layers {list(self.layers)} must be different indices below {len(known)}"
                 )
         if self.calibrated and self.model is None:
-            raise ValueError('a basis "pca" belongs to one model: the field "model" is missing')
+            raise ValueError('a fitted basis belongs to one model: the field "model" is missing')
+        if self.v.basis == "balanced":
+            raise ValueError('the basis "balanced" is for K: V is not multiplied with queries')
         return self

@@ -141,19 +141,22 @@ class KvpcaMetadataBuilder(AttentionMetadataBuilder[KvpcaMetadata]):
         )
 
     @cached_property
-    def _starts(self) -> torch.Tensor:
-        """One buffer for all steps: CUDA graphs read it at a fixed address."""
+    def _buffers(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Starts and list of a step, for all steps: CUDA graphs read them at fixed addresses."""
         sequences = self.vllm_config.scheduler_config.max_num_seqs
-        return torch.zeros(sequences, dtype=torch.int32, device=self.device)
+        both = torch.zeros(2 * sequences + 1, dtype=torch.int32, device=self.device)
+        return both[:sequences], both[sequences:]
 
     def _plan(self, common: Any) -> DeviceStep:
-        from vllm_kvpca.kernels.starts import starts
+        from vllm_kvpca.kernels.starts import list_busy, starts
 
         rows = common.num_reqs
         query_start, lengths = common.query_start_loc[: rows + 1], common.seq_lens[:rows]
         table = common.block_table_tensor[:rows]
-        out = self._starts[:rows]
+        every_start, busy = self._buffers
+        out = every_start[:rows]
         starts(query_start, lengths, table, self.spec.block_size, self.spec.policy, out)
+        list_busy(out, lengths, self.spec.policy, busy)
         decodes, prefills, _, _ = split_decodes_and_prefills(common)
         groups: tuple[PrefillGroup, ...] = ()
         if prefills:
@@ -171,6 +174,7 @@ class KvpcaMetadataBuilder(AttentionMetadataBuilder[KvpcaMetadata]):
             query_start=query_start,
             lengths=lengths,
             starts=out,
+            busy=busy,
             slots=common.slot_mapping,
             recent_table=table,
             archive_table=table,  # the archive's own comes with its group's metadata

@@ -1,11 +1,14 @@
 """What the cache holds right now, counted where the blocks are: in the scheduler.
 
 The figures travel to the API server as `SchedulerStats.kvpca`, and to whoever asks for
-`GET /kv_compression` by `engine_status` (see compat).
+`GET /kv_compression` by `engine_status` (see compat). Every step counts, in between the
+model's steps: what is counted here is kept up to date where blocks come and go, and only what
+has changed is sent.
 """
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +19,9 @@ from vllm_kvpca.serving.archive_time import SampleFetcher
 from vllm_kvpca.serving.groups import ArchiveManager, ArchiveSpec, RecentManager, RecentSpec
 
 COUNTERS = tuple(metric.key for metric in METRICS if metric.kind == "counter")
+REPEAT_EVERY = 1.0
+"""Seconds after which gauges that have not changed are sent again: reports may be published out
+of order where several API servers share them, and an old value must not stay."""
 
 
 @dataclass
@@ -23,12 +29,14 @@ class Sent:
     """What a scheduler has reported so far, kept on it as `kvpca_sent`.
 
     Attributes:
-        totals: counters at the last report.
+        figures: gauges and counters' totals at the last report.
+        complete: when all gauges were last sent, time.monotonic seconds.
         observed: count and sum of each histogram's observations.
         samples: fetches archive times from the workers; None where there is no executor.
     """
 
-    totals: dict[str, float] = field(default_factory=dict)
+    figures: dict[str, float] = field(default_factory=dict)
+    complete: float = 0.0
     observed: dict[str, tuple[int, float]] = field(default_factory=dict)
     samples: SampleFetcher | None = None
 
@@ -43,18 +51,23 @@ def take_stats(scheduler: Any) -> dict[str, Any] | None:
     """What to report with this step's statistics, None if the engine does not compress.
 
     Returns:
-        Gauges as cache_stats has them; of counters what was added since the last call; of
-        histograms the list of new observations. Each call must therefore reach a stat logger
-        exactly once, whichever API server that one belongs to.
+        Gauges as cache_stats has them, those that changed; of counters what was added since the
+        last call, if anything; of histograms the list of new observations, if any. Each call
+        must therefore reach a stat logger exactly once, whichever API server that one belongs to.
     """
-    figures: dict[str, Any] | None = cache_stats(scheduler)
+    figures = cache_stats(scheduler)
     if figures is None:
         return None
-    sent = Sent.of(scheduler)
+    sent, now = Sent.of(scheduler), time.monotonic()
+    last, sent.figures = sent.figures, figures
+    if repeat := now - sent.complete >= REPEAT_EVERY:
+        sent.complete = now
+    changed: dict[str, Any] = {
+        key: value for key, value in figures.items() if repeat or last.get(key) != value
+    }
     for key in COUNTERS:
-        total = figures[key]
-        figures[key] = total - sent.totals.get(key, 0)
-        sent.totals[key] = total
+        if key in changed:
+            changed[key] -= last.get(key, 0)
     new: dict[str, list[float]] = {
         "request_archived_tokens": _ended(scheduler),
         "archive_step_seconds": sent.samples.take() if sent.samples else [],
@@ -63,8 +76,8 @@ def take_stats(scheduler: Any) -> dict[str, Any] | None:
         if values:
             count, before = sent.observed.get(key, (0, 0.0))
             sent.observed[key] = (count + len(values), before + sum(values))
-            figures[key] = values
-    return figures
+            changed[key] = values
+    return changed
 
 
 def _ended(scheduler: Any) -> list[float]:
@@ -132,9 +145,13 @@ def cache_stats(scheduler: Any) -> dict[str, float] | None:
     if fixed is None:
         return None
     recent, archive = fixed.recent, fixed.archive
-    raw_tokens, archived_tokens, raw_sequences, archived_sequences = _tokens(
-        scheduler, recent, archive
-    )
+    known = filter(None, map(scheduler.requests.get, recent.req_to_blocks))
+    tokens = sum([request.num_computed_tokens for request in known])
+    # Archive rows end at the boundary, or behind it after a prefix hit: never in a block that is
+    # only partly computed. Shared blocks count for each sequence.
+    archived_tokens = archive.uses * archive.block_size
+    sequences = sum(map(bool, recent.req_to_blocks.values()))
+    archived_sequences = sum(map(bool, archive.req_to_blocks.values()))
     raw_bytes = fixed.page * len(recent.held)
     archived_bytes = fixed.page * len(archive.held)
     saved = int(archived_bytes * fixed.raw_blocks) - archived_bytes
@@ -143,40 +160,17 @@ def cache_stats(scheduler: Any) -> dict[str, float] | None:
         "kv_cache_bytes/raw": raw_bytes,
         "kv_cache_bytes/archived": archived_bytes,
         "kv_cache_bytes/free": fixed.page * archive.block_pool.get_num_free_blocks(),
-        "kv_cache_tokens/raw": raw_tokens,
+        "kv_cache_tokens/raw": tokens - archived_tokens,
         "kv_cache_tokens/archived": archived_tokens,
         "kv_cache_saved_bytes": saved,
         "kv_cache_compression_ratio": (used + saved) / used if used else 1.0,
-        "sequences/raw": raw_sequences,
+        "sequences/raw": sequences - archived_sequences,
         "sequences/archived": archived_sequences,
         "archived_tokens": archive.archived_tokens,
         "archive_operations": archive.archive_operations,
         "archive_written_bytes": archive.archived_tokens * fixed.token_bytes,
         **fixed.capacity,
     }
-
-
-def _tokens(
-    scheduler: Any, recent: RecentManager, archive: ArchiveManager
-) -> tuple[int, int, int, int]:
-    """Raw and archived tokens, raw and archived sequences."""
-    raw = archived = raw_sequences = archived_sequences = 0
-    requests, archive_rows, block = scheduler.requests, archive.req_to_blocks, archive.block_size
-    for request_id, rows in recent.req_to_blocks.items():
-        request = requests.get(request_id)
-        if request is None or not rows:
-            continue
-        computed = request.num_computed_tokens
-        # The archive's rows end at the boundary, or behind it after a prefix hit.
-        in_archive = len(archive_rows.get(request_id, ())) * block
-        if in_archive:
-            in_archive = min(computed, in_archive)
-            archived += in_archive
-            archived_sequences += 1
-        else:
-            raw_sequences += 1
-        raw += computed - in_archive
-    return raw, archived, raw_sequences, archived_sequences
 
 
 def _capacity(scheduler: Any) -> dict[str, int]:

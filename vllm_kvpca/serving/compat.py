@@ -12,6 +12,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from vllm_kvpca.preset.formats import AUTO
 from vllm_kvpca.serving.options import (
     DEFAULT_COMPRESS_AFTER,
     DEFAULT_KEEP_RECENT,
@@ -32,6 +33,7 @@ def apply() -> None:
         allow_backend_on_cpu,
         carry_cache_stats,
         send_first_stats,
+        fetch_archive_times,
         add_status_method,
         add_stat_logger,
     ):
@@ -149,7 +151,9 @@ def select_backend() -> None:
                 return original(self, *args, **kwargs)
             served = self.served_model_name
             names = [self.model, *([served] if isinstance(served, str) else served or [])]
-            options = CompressionOptions.parse(values).resolved(names)
+            options = CompressionOptions.parse(values)
+            if options.preset == AUTO:
+                options = options.resolved(names, _text_config(self))
             preset = cached_preset(options.preset)
             self.additional_config = {**self.additional_config, KEY: options.model_dump()}
             _use_our_backend(self.attention_config)
@@ -160,6 +164,25 @@ def select_backend() -> None:
         return wrapper
 
     _wrap_once(EngineArgs, "create_engine_config", create_engine_config)
+
+
+def _text_config(engine_args: Any) -> Any:
+    """The model's configuration, before vLLM reads it; None where it cannot be read: vLLM says
+    why in a moment."""
+    from vllm.transformers_utils.config import get_config
+
+    args = engine_args
+    try:
+        config = get_config(
+            args.hf_config_path or args.model,
+            args.trust_remote_code,
+            args.revision,
+            args.code_revision,
+            args.config_format,
+        )
+    except Exception:
+        return None
+    return config.get_text_config()
 
 
 def _use_our_backend(attention_config: Any) -> None:
@@ -242,11 +265,6 @@ def send_first_stats() -> None:
     def run_busy_loop(original: Any) -> Any:
         def wrapper(self: Any) -> Any:
             if KEY in (self.vllm_config.additional_config or {}):
-                from vllm_kvpca.serving.archive_time import SampleFetcher
-                from vllm_kvpca.serving.cache_stats import Sent
-
-                if self.log_stats:
-                    Sent.of(self.scheduler).samples = SampleFetcher(self.model_executor)
                 stats = self.scheduler.make_stats()
                 if stats is not None:
                     self.output_queue.put_nowait((0, EngineCoreOutputs(scheduler_stats=stats)))
@@ -256,6 +274,27 @@ def send_first_stats() -> None:
 
     for owner in (EngineCoreProc, DPEngineCoreProc):
         _wrap_once(owner, "run_busy_loop", run_busy_loop)
+
+
+# -- archive times: waits for a place where a scheduler may ask the workers -----------------
+
+
+def fetch_archive_times() -> None:
+    """Every engine that keeps statistics asks its workers now and then how long archiving took."""
+    from vllm.v1.engine.core import EngineCore
+
+    def init(original: Any) -> Any:
+        def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
+            original(self, *args, **kwargs)
+            if self.log_stats and KEY in (self.vllm_config.additional_config or {}):
+                from vllm_kvpca.serving.archive_time import SampleFetcher
+                from vllm_kvpca.serving.cache_stats import Sent
+
+                Sent.of(self.scheduler).samples = SampleFetcher(self.model_executor)
+
+        return wrapper
+
+    _wrap_once(EngineCore, "__init__", init)
 
 
 # -- status: waits for a way to ask the scheduler, and not only workers, from a route -----

@@ -57,6 +57,7 @@ class DeviceStep:
         query_start: (batch + 1,) first new token of each sequence.
         lengths: (batch,) computed plus new tokens; 0 in padding rows.
         starts: (batch,) archived tokens before the step.
+        busy: the sequences that archive something, see kernels.starts.list_busy.
         slots: (tokens,) where each new token's raw K and V go.
         recent_table, archive_table: (batch, width) block ids; 0 is the null block.
         policy: where the boundary lies.
@@ -69,6 +70,7 @@ class DeviceStep:
     query_start: torch.Tensor
     lengths: torch.Tensor
     starts: torch.Tensor
+    busy: torch.Tensor
     slots: torch.Tensor
     recent_table: torch.Tensor
     archive_table: torch.Tensor

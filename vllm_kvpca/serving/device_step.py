@@ -78,6 +78,7 @@ def run_device_step(
         step.archive_table,
         step.policy,
         cache.codec,
+        step.busy,
         max_new=step.max_new,
     )
     timer.stop(started)

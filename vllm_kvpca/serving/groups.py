@@ -105,19 +105,27 @@ class _GroupManager(SingleTypeKVCacheManager):
     def __init__(self, kv_cache_spec: KVCacheSpec, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, **kwargs)
         spec = kv_cache_spec
+        self.policy: Policy = spec.policy
+        """Kept, because every step asks for every sequence."""
         need = spec.peak_blocks(spec.max_model_len)
-        view = GroupView(self.kv_cache_group_id, spec.block_size, spec.policy, need)
+        view = GroupView(self.kv_cache_group_id, spec.block_size, self.policy, need)
         GroupView.announce(self.block_pool, self.role, view)
         _check_room(self.block_pool, spec.max_model_len)
         self.held: Counter[int] = Counter()
         """Blocks in use by id, with the number of sequences that use each."""
+        self.uses = 0
+        """The sum of those numbers."""
 
     def _hold(self, blocks: Iterable[KVCacheBlock]) -> None:
-        self.held.update(block.block_id for block in blocks if not block.is_null)
+        for block in blocks:
+            if not block.is_null:
+                self.held[block.block_id] += 1
+                self.uses += 1
 
     def _release(self, blocks: Iterable[KVCacheBlock]) -> None:
         for block in blocks:
             if not block.is_null:
+                self.uses -= 1
                 self.held[block.block_id] -= 1
                 if not self.held[block.block_id]:
                     del self.held[block.block_id]
@@ -159,12 +167,12 @@ class RecentManager(_GroupManager):
         """First block index of a request that has not been looked at for freeing."""
 
     def get_num_skipped_tokens(self, num_computed_tokens: int) -> int:
-        return self.kv_cache_spec.policy.boundary(num_computed_tokens)
+        return self.policy.boundary(num_computed_tokens)
 
     def _new_rows(self, held: int, num_tokens: int, num_tokens_main_model: int) -> Iterator[bool]:
         """For each row to append: whether it needs a block, or stays null because its
         tokens are archived within the same step."""
-        first = self.kv_cache_spec.policy.boundary(num_tokens_main_model) // self.block_size
+        first = self.policy.boundary(num_tokens_main_model) // self.block_size
         return (row >= first for row in range(held, cdiv(num_tokens, self.block_size)))
 
     def get_num_blocks_to_allocate(
@@ -179,6 +187,8 @@ class RecentManager(_GroupManager):
         prefill_end: int = 0,
     ) -> int:
         rows = self.req_to_blocks.get(request_id, ())
+        if num_tokens <= len(rows) * self.block_size and not new_computed_blocks:
+            return 0  # most steps of a decoding sequence
         hits = [block for block in new_computed_blocks if not block.is_null]
         evictable = self._get_num_evictable_blocks(hits)
         if apply_admission_cap:
@@ -191,6 +201,8 @@ class RecentManager(_GroupManager):
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
     ) -> list[KVCacheBlock]:
         rows = self.req_to_blocks[request_id]
+        if num_tokens <= len(rows) * self.block_size:
+            return []
         plan = list(self._new_rows(len(rows), num_tokens, num_tokens_main_model))
         blocks = iter(self.block_pool.get_new_blocks(sum(plan)) if any(plan) else ())
         new = [next(blocks) if needed else self._null_block for needed in plan]
@@ -243,7 +255,7 @@ class ArchiveManager(_GroupManager):
         """Archived tokens of requests that gave their blocks back; cache_stats empties it."""
 
     def _missing(self, num_tokens: int, held: int) -> int:
-        archived = self.kv_cache_spec.policy.boundary(num_tokens)
+        archived = self.policy.boundary(num_tokens)
         return max(0, cdiv(archived, self.block_size) - held)
 
     def get_num_blocks_to_allocate(
@@ -257,18 +269,22 @@ class ArchiveManager(_GroupManager):
         apply_admission_cap: bool = False,
         prefill_end: int = 0,
     ) -> int:
-        held = max(len(self.req_to_blocks.get(request_id, ())), len(new_computed_blocks))
+        held = len(self.req_to_blocks.get(request_id, ()))
+        if not new_computed_blocks:
+            return self._missing(num_tokens_main_model, held)
         evictable = self._get_num_evictable_blocks(new_computed_blocks)
-        return self._missing(num_tokens_main_model, held) + evictable
+        return self._missing(num_tokens_main_model, max(held, len(new_computed_blocks))) + evictable
 
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
     ) -> list[KVCacheBlock]:
         rows = self.req_to_blocks[request_id]
         missing = self._missing(num_tokens_main_model, len(rows))
-        new = self.block_pool.get_new_blocks(missing) if missing else []
+        if not missing:
+            return []
+        new = self.block_pool.get_new_blocks(missing)
         self.archived_tokens += missing * self.block_size
-        self.archive_operations += missing > 0
+        self.archive_operations += 1
         rows.extend(new)
         self._hold(new)
         if self._record_new_block_ids:

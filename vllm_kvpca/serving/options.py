@@ -12,11 +12,12 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
+from vllm_kvpca.codec.bands import RAW_BITS
 from vllm_kvpca.codec.policy import DEFAULT_COMPRESS_AFTER, DEFAULT_KEEP_RECENT, Policy
 from vllm_kvpca.errors import OptionsError, UnsupportedError
 from vllm_kvpca.preset import Preset, load_preset
 from vllm_kvpca.preset.files import choose_preset, list_shipped
-from vllm_kvpca.preset.formats import AUTO
+from vllm_kvpca.preset.formats import AUTO, DEFAULT_WITH_KEY_BIAS
 from vllm_kvpca.serving.log import logger
 
 KEY = "kv_compression"
@@ -68,15 +69,17 @@ class CompressionOptions(BaseModel):
         Policy(options.compress_after, options.keep_recent)
         return options
 
-    def resolved(self, names: Sequence[str]) -> CompressionOptions:
+    def resolved(self, names: Sequence[str], model_config: Any = None) -> CompressionOptions:
         """These options with the preset that "auto" stands for.
 
         Args:
             names: of the model: its path, its served names.
+            model_config: the model's configuration (of transformers), None if not known.
         """
         if self.preset != AUTO:
             return self
-        preset, why = choose_preset(names)
+        facts = (model_shape(model_config), has_key_bias(model_config)) if model_config else ()
+        preset, why = choose_preset(names, *facts)
         logger.info("KV compression preset auto is %s: %s", preset, why)
         return self.model_copy(update={"preset": preset})
 
@@ -115,6 +118,14 @@ def check_engine(vllm_config: Any, preset: Preset) -> None:
         full_attention_layers(model),
     )
     preset.layout(model.get_head_size())
+    k = preset.config.k
+    if k.basis == "identity" and k.bands[0].bits < RAW_BITS and has_key_bias(model.hf_text_config):
+        logger.warning(
+            "This model's K has a bias. If it is large, one scale per token is too coarse for K in "
+            "preset %s: %s rotates K, or calibrate a preset.",
+            preset.name,
+            DEFAULT_WITH_KEY_BIAS,
+        )
 
 
 def _unsupported(config: Any) -> list[tuple[bool, str]]:
@@ -160,6 +171,23 @@ def model_names(model_config: Any) -> list[str]:
     names = [model_config.model, *([served] if isinstance(served, str) else served or [])]
     names.append(getattr(model_config.hf_config, "_name_or_path", ""))
     return [name for name in dict.fromkeys(names) if name]
+
+
+def has_key_bias(config: Any) -> bool:
+    """Whether the model adds a bias to K, as far as its text configuration says."""
+    qwen2 = str(getattr(config, "model_type", "")).startswith("qwen2")  # not a field: always there
+    return qwen2 or any(getattr(config, name, False) for name in ("attention_bias", "qkv_bias"))
+
+
+def model_shape(config: Any) -> tuple[int, int, int] | None:
+    """Layers, KV heads and head_dim of a text configuration; None if it does not name them."""
+    heads = getattr(config, "num_attention_heads", None)
+    layers = getattr(config, "num_hidden_layers", None)
+    hidden = getattr(config, "hidden_size", None)
+    if not (heads and layers and hidden):
+        return None
+    head_dim = getattr(config, "head_dim", None) or hidden // heads
+    return layers, getattr(config, "num_key_value_heads", None) or heads, head_dim
 
 
 def full_attention_layers(model_config: Any) -> list[int]:

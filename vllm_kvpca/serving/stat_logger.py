@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -34,24 +35,22 @@ def _collectors() -> dict[str, Gauge | Counter | Histogram]:
     return collectors
 
 
-class _Shown:
-    """One series, kept because looking it up by its labels costs more than setting it."""
+def _publisher(child: Any) -> Callable[[Any], None]:
+    """What takes a figure of one series; counters come as what was added since the last figures.
 
-    def __init__(self, child: Any) -> None:
-        self._child = child
-        self._is_gauge, self._is_counter = isinstance(child, Gauge), isinstance(child, Counter)
+    With several API servers each gets only some of the reports, and Prometheus' client adds up
+    what they all counted.
+    """
+    if isinstance(child, Gauge):
+        return child.set
+    if isinstance(child, Counter):
+        return child.inc
 
-    def update(self, value: Any) -> None:
-        if self._is_gauge:
-            self._child.set(value)
-        elif self._is_counter:
-            # What was added since the last figures: with several API servers each gets only
-            # some of them, and Prometheus' client adds up what they all counted.
-            if value:
-                self._child.inc(value)
-        else:
-            for observed in value:
-                self._child.observe(observed)
+    def observe_all(values: list[float]) -> None:
+        for value in values:
+            child.observe(value)
+
+    return observe_all
 
 
 class KvpcaStatLogger(AggregateStatLoggerBase):
@@ -62,7 +61,8 @@ class KvpcaStatLogger(AggregateStatLoggerBase):
         self.model_name = served if isinstance(served, str) else served[0]
         self.engine_indexes = engine_indexes
         self.options = CompressionOptions.of(vllm_config)
-        self._shown: dict[tuple[str, int], _Shown] = {}
+        self._publish: dict[tuple[str, int], Callable[[Any], None]] = {}
+        """By path and engine: looking a series up by its labels costs more than setting it."""
 
     def log_engine_initialized(self) -> None:
         if self.options is None:
@@ -85,10 +85,11 @@ class KvpcaStatLogger(AggregateStatLoggerBase):
         if not figures:
             return
         for path, value in figures.items():
-            shown = self._shown.get((path, engine_idx))
-            if shown is None:
-                shown = self._shown[path, engine_idx] = _Shown(self._child(path, engine_idx))
-            shown.update(value)
+            publish = self._publish.get((path, engine_idx))
+            if publish is None:
+                publish = _publisher(self._child(path, engine_idx))
+                self._publish[path, engine_idx] = publish
+            publish(value)
 
     def _child(self, path: str, engine: int) -> Any:
         key, _, state = path.partition("/")

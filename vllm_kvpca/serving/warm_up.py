@@ -69,7 +69,7 @@ def compile_kernels(
 
 def _step(batch: int, raw_block: int, policy: Policy, device: torch.device) -> DeviceStep:
     """`batch` sequences that decode their second token, and one that goes on with its prompt."""
-    from vllm_kvpca.kernels.starts import starts
+    from vllm_kvpca.kernels.starts import list_busy, starts
 
     new = [1] * batch + [NEW_TOKENS]
     lengths = [2] * batch + [2 * NEW_TOKENS]
@@ -82,6 +82,8 @@ def _step(batch: int, raw_block: int, policy: Policy, device: torch.device) -> D
     table = torch.ones(batch + 1, rows, dtype=torch.int32, device=device)
     out = torch.empty_like(all_lengths)
     starts(query_starts, all_lengths, table, raw_block, policy, out)
+    busy = torch.zeros(batch + 2, dtype=torch.int32, device=device)
+    list_busy(out, all_lengths, policy, busy)
     groups = group_prefills(query_start, lengths, batch, 2 * NEW_TOKENS)
     return DeviceStep(
         policy=policy,
@@ -90,6 +92,7 @@ def _step(batch: int, raw_block: int, policy: Policy, device: torch.device) -> D
         query_start=query_starts,
         lengths=all_lengths,
         starts=out,
+        busy=busy,
         slots=torch.zeros(query_start[-1], dtype=torch.int64, device=device),
         recent_table=table,
         archive_table=table,

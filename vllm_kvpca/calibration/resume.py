@@ -1,0 +1,79 @@
+"""Sums of a calibration that is under way, on disk: a run that was cut off goes on from them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from vllm_kvpca.calibration.collect import Moments
+
+FILE = "moments.safetensors"
+EVERY = 16
+"""Windows between two saves."""
+
+
+class Progress:
+    """The sums in a preset's folder, until the preset is written.
+
+    Attributes:
+        path: of the file.
+        key: sha256 of everything that the sums depend on; sums of another key are not taken.
+    """
+
+    def __init__(self, folder: Path, arguments: dict[str, Any], every: int | None = None) -> None:
+        self.path = folder / FILE
+        text = json.dumps(arguments, sort_keys=True, default=str)
+        self.key = hashlib.sha256(text.encode()).hexdigest()
+        self._every = every or EVERY
+
+    def load(self, device: Any = "cpu") -> Moments | None:
+        """Sums of an earlier run with the same arguments, None if there are none."""
+        try:
+            with safe_open(self.path, "pt") as file:
+                header = file.metadata() or {}
+                if header.get("key") != self.key:
+                    return None
+                tensors = {name: file.get_tensor(name).to(device) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError):
+            return None
+        sums: dict[str, dict[int, torch.Tensor]] = {}
+        firsts: dict[str, dict[int, torch.Tensor]] = {}
+        for name, tensor in tensors.items():
+            kind, which, layer = name.split(".")
+            target = sums if kind == "sum" else firsts
+            target.setdefault(which, {})[int(layer)] = tensor
+        return Moments(sums, int(header["tokens"]), firsts, int(header["windows"]))
+
+    def save(self, moments: Moments) -> None:
+        """Keep the sums, if it is time to. A file is replaced as a whole or not at all."""
+        if moments.windows % self._every:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        tensors = dict(_named("sum", moments.sums)) | dict(_named("first", moments.firsts))
+        header = {
+            "key": self.key,
+            "tokens": str(moments.tokens),
+            "windows": str(moments.windows),
+        }
+        new = self.path.with_suffix(f".{os.getpid()}")
+        try:
+            save_file(tensors, new, header)
+            os.replace(new, self.path)
+        finally:
+            new.unlink(missing_ok=True)
+
+
+def _named(
+    kind: str, sums: dict[str, dict[int, torch.Tensor]]
+) -> Iterable[tuple[str, torch.Tensor]]:
+    for which, layers in sums.items():
+        for layer, tensor in layers.items():
+            yield f"{kind}.{which}.{layer}", tensor.contiguous()

@@ -1,0 +1,76 @@
+"""Quality records to what shipped presets say about themselves: measured.json and the cards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vllm_kvpca.calibration.card import MEASURED_ROW
+from vllm_kvpca.evaluation.record import Record
+from vllm_kvpca.preset import list_shipped, load_preset
+from vllm_kvpca.preset.files import same_family, same_model, shipped_root
+from vllm_kvpca.preset.measured import FILE, Measured, describe, to_json
+
+
+def measured(records: Sequence[Record]) -> dict[str, list[Measured]]:
+    """For each shipped preset what records of kind "quality" say, hardest case first."""
+    found: dict[str, list[Measured]] = {}
+    for record in records:
+        settings: Any = record.settings
+        if record.kind != "quality":
+            continue
+        for name, folder in list_shipped().items():
+            if name.rpartition("/")[2] == settings["preset"] and _is_for(name, folder, record):
+                found.setdefault(name, []).append(_row(record))
+    return {name: sorted(rows, key=_order) for name, rows in found.items()}
+
+
+def files(records: Sequence[Record]) -> dict[Path, str]:
+    """Every file of the shipped presets that follows from records, to its text."""
+    found = measured(records)
+    texts = {shipped_root() / FILE: to_json(found)}
+    for name, folder in list_shipped().items():
+        if folder and (card := folder / "README.md").is_file():
+            family = not load_preset(name).config.calibrated
+            texts[card] = _filled(card.read_text(), describe(found.get(name, []), family))
+    return texts
+
+
+def _is_for(name: str, folder: Path | None, record: Record) -> bool:
+    """Whether the record's model is the preset's; one without a folder fits any model."""
+    if folder is None:
+        return True
+    config = load_preset(name).config
+    same = same_model if config.calibrated else same_family
+    return config.model is None or same(config.model.name, record.model)
+
+
+def _row(record: Record) -> Measured:
+    settings: Any = record.settings
+    results: Any = record.results
+    low, high = results["perplexity_change_ci95"]
+    return Measured(
+        model=record.model,
+        dtype=results["dtype"],
+        compress_after=settings["compress_after"],
+        keep_recent=settings["keep_recent"],
+        change=results["perplexity_change"],
+        low=low,
+        high=high,
+        tokens=results["predicted_tokens"],
+        record=record.file_name,
+    )
+
+
+def _order(row: Measured) -> tuple[Any, ...]:
+    # float16 rounds least, so it shows the codec and not the dtype.
+    return row.model, row.compress_after, row.dtype != "float16", row.dtype
+
+
+def _filled(card: str, measured: str) -> str:
+    lines = card.splitlines(keepends=True)
+    return "".join(
+        f"{MEASURED_ROW} {measured} |\n" if line.startswith(MEASURED_ROW) else line
+        for line in lines
+    )
