@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 
 import pytest
 
 from vllm_kvpca.evaluation import comparison, quality
 from vllm_kvpca.evaluation.engine import EngineSettings
+from vllm_kvpca.preset import list_shipped
 
 COMMIT = "abcdef0123456789"  # of the records of conftest
 
@@ -69,3 +71,14 @@ def test_the_same_measurement_through_the_engine_is_put_beside(make):
         and beside["commit"] == COMMIT
     )
     assert quality.put_beside(other, [engine]).results["engine"] is None
+
+
+def test_overlap_with_presets_of_all_kinds(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("nobody calibrated on this " * 100)
+    shipped = "HuggingFaceTB--SmolLM2-135M-Instruct/k7v4"
+    assert comparison.overlaps(["k8v4", shipped], [text]) == {"k8v4": 0.0, shipped: 0.0}
+    old = shutil.copytree(list_shipped()[shipped], tmp_path / "old")
+    (old / "calibration.json").unlink()
+    with pytest.warns(UserWarning, match=r"no calibration\.json"):
+        assert comparison.overlaps([str(old)], [text]) == {str(old): None}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from vllm_kvpca.evaluation.record import (
     make_record,
     source_state,
 )
-from vllm_kvpca.preset import preset_folder
+from vllm_kvpca.preset import load_preset, preset_folder
+from vllm_kvpca.preset.files import TEXTS_FILE
 
 Thresholds = tuple[int, int]
 """compress_after, keep_recent."""
@@ -82,11 +84,20 @@ def overlaps(preset_names: Iterable[str], files: Sequence[Path]) -> dict[str, fl
     Raises:
         CalibrationError: one of them was calibrated on too much of it.
     """
-    folders = {name: preset_folder(name) for name in preset_names}
-    return {
-        name: overlap.check(name, folder, files) if folder else 0.0
-        for name, folder in folders.items()
-    }
+    return {name: _overlap(name, files) for name in preset_names}
+
+
+def _overlap(name: str, files: Sequence[Path]) -> float | None:
+    calibrated = load_preset(name).config.calibrated
+    folder = preset_folder(name)
+    share = overlap.check(name, folder, files) if folder else 0.0
+    if share is None and calibrated:
+        warnings.warn(
+            f"preset {name!r} has no {TEXTS_FILE}: only whole files could be compared with the "
+            "text it was calibrated on.",
+            stacklevel=2,
+        )
+    return share if calibrated else share or 0.0
 
 
 def record_of(
