@@ -5,7 +5,7 @@
 Times both halves, counting in the scheduler and publishing in the stat logger, while so many
 sequences decode, and writes a record. On a CPU a step is slow, and the model's arithmetic drives
 everything else out of the processor's caches, which a GPU's host is spared: with `--layers 1` a
-random model of one narrow layer decodes, so that steps are about as short as a GPU's.
+random model of one narrow layer decodes.
 """
 
 from __future__ import annotations

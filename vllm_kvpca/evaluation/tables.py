@@ -189,7 +189,7 @@ def _metrics_overhead(record: Record) -> list[str]:
         f"{results['publishing_us']:.0f}",
         f"{results['step_ms']:.0f}",
         f"{results['share_of_step']:.3%}",
-        f"{results['step_ms_at_half_a_percent']:.0f}",
+        f"{results['step_ms_at_half_a_percent']:.1f}",
     ]
 
 
