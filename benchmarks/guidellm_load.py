@@ -33,7 +33,7 @@ from vllm_kvpca.evaluation.record import make_record
 
 DEMO = Path(__file__).parents[1] / "deploy" / "local" / "demo.sh"
 NAME = "SmolLM2-135M-Instruct"  # as make demo serves it
-REQUESTS, CLIENTS, PROMPT, ANSWER, SEED = 24, 8, 900, 64, 0
+REQUESTS, CLIENTS, PROMPT, ANSWER, SEED = 12, 4, 700, 48, 0
 START_SECONDS = 300
 
 
@@ -72,7 +72,7 @@ def is_healthy(url: str) -> bool:
 
 def command(program: str, url: str, tokenizer: str, output: str) -> list[str]:
     backend = f"kind=openai_http,target={url},model={NAME},request_format=/v1/completions"
-    data = f"kind=synthetic_text,prompt_tokens={PROMPT},prompt_tokens_stdev=200"
+    data = f"kind=synthetic_text,prompt_tokens={PROMPT},prompt_tokens_stdev=100"
     return [
         *(program, "run", "--backend", backend, "--tokenizer"),
         *(f"kind=huggingface_auto,model={tokenizer}", "--data", f"{data},output_tokens={ANSWER}"),

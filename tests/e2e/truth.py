@@ -23,21 +23,26 @@ def contradictions(scrape: Scrape, engine: str = "0") -> list[str]:
     def value(name: str, **labels: str) -> float:
         return scrape.value(name, engine=engine, **labels)
 
-    (info,) = (key for key in scrape.samples["vllm:cache_config_info"] if ("engine", engine) in key)
-    blocks = int(dict(info)["num_gpu_blocks"]) - 1  # the null block holds nothing
     states = {state: value("kvpca_kv_cache_bytes", state=state) for state in (*USED, "free")}
-    page = sum(states.values()) / blocks
-    used = value("vllm:kv_cache_usage_perc") * blocks * page
+    used, pool = states["raw"] + states["archived"], sum(states.values())
+    usage = value("vllm:kv_cache_usage_perc")
     sequences = sum(value("kvpca_sequences", state=state) for state in USED)
     running = value("vllm:num_requests_running")
     wrong = []
-    if any(size % page for size in states.values()):
-        wrong.append(f"raw, archived and free are not the whole pool: {states}")
-    if abs(states["raw"] + states["archived"] - used) > 1:
-        wrong.append(f"{states} but vLLM says {used} bytes are used")
+    if abs(used / pool - usage) > 1e-6:
+        wrong.append(f"{states}, but vLLM says that {usage:.4%} is used")
     if sequences != running:
         wrong.append(f"{sequences} sequences but vLLM runs {running}")
     return [f"engine {engine}: {reason}" for reason in wrong]
+
+
+def pools(scrape: Scrape) -> list[float]:
+    """Bytes that are raw, archived or free, of each engine: the same in every reading."""
+    bytes_ = scrape.samples["kvpca_kv_cache_bytes"]
+    return [
+        sum(size for key, size in bytes_.items() if ("engine", engine) in key)
+        for engine in engines(scrape)
+    ]
 
 
 def held(scrape: Scrape, engine: str = "0") -> float:

@@ -99,6 +99,34 @@ def test_every_row_has_as_many_cells_as_the_head(make):
     assert "| 1, 2.5, 4 | 8 | 50% | 0.020 | 2 |" in table("divergence", records)
 
 
+def test_the_codec_study_has_a_table_for_each_group(make):
+    row = {
+        "name": "k8v4",
+        "k": "identity 1:8",
+        "v": "hadamard 1:4",
+        "first_tokens_raw": 4,
+        "edge_layers_raw": 0,
+        "bits_per_element": 6.25,
+        "total_ratio": 2.56,
+        "v_ratio": 3.76,
+        "perplexity_change": 0.0112,
+        "perplexity_change_ci95": [0.0087, 0.014],
+        "kl_mean_nats": 0.01046,
+        "top1_agreement": 0.951,
+    }
+    rows = [row | {"group": "together"}, row | {"group": "peers", "name": "fp8", "k": "raw"}]
+    records = [make(kind="codec-study", results={"rows": rows})]
+    together, peers = table("codec-together", records), table("codec-peers", records)
+    assert "| k8v4 | `identity 1:8` | `hadamard 1:4` | first 4 tokens | 6.25 | 2.56x (3.76x)" in (
+        together
+    )
+    assert "| fp8 | raw |" in peers and "fp8" not in together
+    for text in (together, peers):
+        assert len({x.count("|") for x in text.splitlines() if x.startswith("|")}) == 1
+    with pytest.raises(OptionsError, match=r"python benchmarks/codec_study\.py"):
+        table("codec-signed", records)
+
+
 def test_unknown_table_and_missing_record_are_refused(make):
     with pytest.raises(OptionsError, match="no table 'weather'"):
         update("<!-- table:weather -->\n<!-- /table -->", [make()])

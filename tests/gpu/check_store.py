@@ -111,7 +111,8 @@ def check_starts(nulls: int) -> None:
     table[:, :nulls] = 0
     out = torch.full_like(lengths, -7)
     find_starts(query_start, lengths, table, RAW_BLOCK, policy, out)
-    wanted = [min(n, max(policy.boundary(n), nulls * RAW_BLOCK)) for n, _, _ in sequences]
+    archived = -(-nulls * RAW_BLOCK // policy.align) * policy.align  # by whole archive blocks
+    wanted = [min(n, max(policy.boundary(n), archived)) for n, _, _ in sequences]
     assert out.tolist() == wanted, (out.tolist(), wanted)
 
 

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from vllm_kvpca.cli.main import app
 from vllm_kvpca.evaluation.record import Hardware, Record, load_all
 from vllm_kvpca.plots.figures import figures, missing, problems
-from vllm_kvpca.plots.quality import points, same_text, size
+from vllm_kvpca.plots.quality import points, same_text, size, study_points
 from vllm_kvpca.plots.themes import THEMES
 
 ROOT = Path(__file__).parents[2]
@@ -66,12 +66,17 @@ def needle(preset: str) -> Record:
 
 def study() -> Record:
     rows = [
-        {"group": group, "name": name, "total_ratio": 2.0, "perplexity_change": change}
-        | {"perplexity_change_ci95": [change - 0.001, change + 0.002]}
-        for group, name, change in (
-            ("peers", "vLLM fp8", 0.014),
-            ("V alone", "hadamard 1:4", 0.006),
-            ("K alone", "pca 1:2", 3.5),
+        {"group": group, "name": name, "k": k, "v": v, "total_ratio": 2.0}
+        | {"perplexity_change": change, "perplexity_change_ci95": [change - 0.001, change + 0.002]}
+        | {"first_tokens_raw": 0, "edge_layers_raw": 0}
+        for group, name, k, v, change in (
+            ("peers", "vLLM fp8", "fp8", "fp8", 0.014),
+            ("together", "older", "identity 1:8", "hadamard 1:4", 0.011),
+            ("signed", "newer", "identity 1:8", "hadamard 1:4 signed", 0.008),
+            ("signed", "seven", "weighted+mix 3/4:8 1/4:4 signed", "hadamard 1:4 signed", 0.008),
+            ("together", "five", "weighted+mix 1/4:8 3/4:4", "hadamard 1:4", 0.015),
+            ("V alone", "V pca 3/4:8 1/4:0", "raw", "pca 3/4:8 1/4:0", 0.4),
+            ("K alone", "K pca 1:2", "pca 1:2", "raw", 3.5),
         )
     ]
     return record("codec-study", "m", {}, {"perplexity_stock": 10.0, "rows": rows})
@@ -117,11 +122,23 @@ def test_a_changed_record_makes_its_figure_stale(tmp_path):
     assert len(wrong) == 2 and all("needle" in t and "no record" in t for t in wrong)
 
 
-def test_points_are_the_hardest_case_and_name_the_peers():
-    chosen = [quality("a", 2.0, 0.01, "M"), quality("a", 2.0, 0.001, "M", after=512), study()]
-    found = {point.name: point for point in points(chosen)}
-    assert len(found) == 4 and found["a"].loss == pytest.approx(1.0)
-    assert found["vLLM fp8"].group == "peers" and found["pca 1:2"].group == "study"
+def test_points_are_the_hardest_case():
+    chosen = [quality("a", 2.0, 0.01, "M"), quality("a", 2.0, 0.001, "M", after=512)]
+    (point,) = points(chosen)
+    assert (point.name, point.group) == ("a", "preset") and point.loss == pytest.approx(1.0)
+
+
+def test_a_study_is_not_mixed_with_what_the_engine_measured():
+    """The study archives every token before it is seen; the engine keeps its newest raw."""
+    (figure,) = [f for f in figures([quality("k8v4", 2.6, 0.002, "M-135M"), study()])
+                 if f.name.startswith("frontier")]  # fmt: skip
+    assert [one.kind for one in figure.records] == ["codec-study"]
+    found = {point.name: point for point in study_points([study()])}
+    assert {name: point.group for name, point in found.items()} == {
+        "vLLM fp8": "peers", "K pca 1:2": "study", "older": "study",
+        "k8v4": "preset", "k7v4": "preset", "k5v4": "preset", "v-rank-int8": "preset",
+    }  # fmt: skip
+    assert found["k8v4"].loss == pytest.approx(0.8)  # with all 16 levels, as the product has it
     assert found["vLLM fp8"].perplexity == pytest.approx(10.14)
 
 

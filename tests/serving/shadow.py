@@ -437,9 +437,9 @@ class Engine:
             self.manager.free(sequence.request)
         assert self.pool.get_num_free_blocks() == len(self.pool.blocks) - 1, "blocks leak"
         for manager in (self.recent, self.archive):
-            assert not manager.held, "held blocks that nobody has"
+            assert not manager.held and not manager.uses, "held blocks that nobody has"
             assert not manager.req_to_blocks and not manager.num_cached_block
-        assert not self.recent._freed_below
+        assert not self.recent._freed_below and not self.archive.sequences
 
     def check_books(self) -> None:
         """`held` counts what sequences hold, the pool agrees, and no sequence holds too much."""
@@ -449,6 +449,7 @@ class Engine:
             for rows in manager.req_to_blocks.values():
                 held.update(block.block_id for block in rows if not block.is_null)
             assert manager.held == held, "held differs from the blocks in use"
+            assert manager.uses == held.total(), "uses differs from the blocks in use"
             uses += held
         for block in self.pool.blocks[1:]:
             assert block.ref_cnt == uses[block.block_id], "the pool counts other users"

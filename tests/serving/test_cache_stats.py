@@ -35,6 +35,10 @@ class Scheduler:
         self.vllm_config = SimpleNamespace(model_config=SimpleNamespace(max_model_len=LONGEST))
 
     @property
+    def running(self) -> list:
+        return [sequence.request for sequence in self.engine.running]
+
+    @property
     def requests(self) -> dict:
         alive = [*self.engine.running, *self.engine.waiting]
         return {sequence.request.request_id: sequence.request for sequence in alive}

@@ -10,7 +10,15 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from vllm_kvpca.cli.calibrate import CONFIG_FILE, _command_line, _load, _model_name, _progress
+from vllm_kvpca.cli.calibrate import (
+    CONFIG_FILE,
+    UNFINISHED,
+    _command_line,
+    _load,
+    _model_name,
+    _moments,
+    _progress,
+)
 from vllm_kvpca.errors import CalibrationError, OptionsError
 
 if TYPE_CHECKING:
@@ -54,7 +62,7 @@ def tune(
     """
     from vllm_kvpca.calibration import text as texts
     from vllm_kvpca.calibration.card import Source
-    from vllm_kvpca.calibration.collect import attention_shape, collect
+    from vllm_kvpca.calibration.collect import attention_shape
     from vllm_kvpca.evaluation.record import fingerprint, make_record
     from vllm_kvpca.evaluation.tune import Target, Tuner, candidates, choose, key_of, moments_wanted
 
@@ -70,20 +78,26 @@ def tune(
         tokenizer, network = _load(model, device, dtype)
         shape = attention_shape(network)
     with console.status("reading text"):
-        texts.count_tokens(files, tokenizer, window, tokens, shape.head_dim, seed)
         everything = list(texts.windows(files, tokenizer, window, tokens + measure_tokens, seed))
     fit_on, measure_on = split(everything, tokens, window)
     revision = getattr(network.config, "_commit_hash", None)
     presets = candidates(name or _model_name(model), revision, shape)
-    console.print(f"fitting on {sum(map(len, fit_on)):,} tokens")
-    with _progress(console, sum(map(len, fit_on))) as advance:
-        moments = collect(network, shape, moments_wanted(presets), fit_on, advance)
-    used = str(network.dtype).removeprefix("torch.")
+    source = Source(
+        texts=described,
+        tokens=sum(map(len, fit_on)),
+        window=window,
+        seed=seed,
+        dtype=str(network.dtype).removeprefix("torch."),
+        command=_command_line(),
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+    wanted = moments_wanted(presets)
+    moments = _moments(console, network, shape, wanted, tokenizer, files, source, output, model)
     settings: dict[str, Any] = {
         "tokens": moments.tokens,
         "measure_tokens": sum(map(len, measure_on)),
         "window": window,
-        "dtype": used,
+        "dtype": source.dtype,
     }
     key = key_of(
         model=fingerprint(model), texts=[t.sha256 for t in described], seed=seed, **settings
@@ -102,22 +116,14 @@ def tune(
     chosen = choose(presets, shape.head_dim, target, measure)
     if per_layer:
         total = sum(map(len, measure_on)) * len(shape.layers)
-        with _progress(console, total) as advance:
+        with _progress(console, total, 0) as advance:
             tuner.per_layer(chosen, advance)
-    source = Source(
-        texts=described,
-        tokens=moments.tokens,
-        window=window,
-        seed=seed,
-        dtype=used,
-        command=_command_line(),
-        date=datetime.now(UTC).isoformat(timespec="seconds"),
-    )
     _save(output, tuner, chosen, source, settings["measure_tokens"])
     results = {"chosen": chosen.name, "formats": tuner.results, "layers": tuner.layers}
     settings |= {"target_ratio": target_ratio, "target_ppl_delta": target_ppl_delta}
     record = make_record("tune", [output.name], model, settings, results, files, seed)
     record.write(output)
+    (output / UNFINISHED).unlink(missing_ok=True)
     _report(tuner, chosen, shape)
     print(output)
 
@@ -155,7 +161,7 @@ def _measured(
     if known:
         return tuner.measure(preset)
     console.print(f"measuring {title}")
-    with _progress(console, sum(map(len, windows))) as advance:
+    with _progress(console, sum(map(len, windows)), 0) as advance:
         return tuner.measure(preset, advance)
 
 
@@ -180,7 +186,7 @@ def _save(output: Path, tuner: Tuner, chosen: Preset, source: Any, measured_on: 
         save_preset(output, chosen.config, {}, card)
         return
     fitted = tuner.fitted(chosen)
-    energy = band_energy(tuner.moments, fitted.bases, fitted.config)
+    energy = band_energy(tuner.moments.only(list(fitted.bases)), fitted.bases, fitted.config)
     save_preset(
         output, fitted.config, fitted.bases, write_card(fitted.config, source, energy, measured)
     )

@@ -55,6 +55,7 @@ def _row(record: Record) -> Measured:
         dtype=results["dtype"],
         compress_after=settings["compress_after"],
         keep_recent=settings["keep_recent"],
+        archived=results["archived_share_of_attended_keys"],
         change=results["perplexity_change"],
         low=low,
         high=high,

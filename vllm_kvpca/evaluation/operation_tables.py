@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
+from vllm_kvpca.evaluation.engine import STOCK
 from vllm_kvpca.evaluation.record import Record
 
 SOAK_HEADS = [
-    "process",
-    "memory in the second quarter, MiB",
-    "in the last quarter",
-    "slope over the second half, MiB/min",
+    "server",
+    "allocator",
+    "minutes",
+    "answered",
+    "dropped or cancelled",
+    "errors",
+    "preemptions",
+    "readings of the metrics (torn)",
+    "API server, MiB",
+    "engine core, MiB",
+    "worker, MiB",
 ]
 LAYOUT_HEADS = [
     "layout",
@@ -24,23 +32,29 @@ LAYOUT_HEADS = [
 
 def soak(record: Record) -> list[list[str]]:
     results: Any = record.results
-    rows = [
+    settings: Any = record.settings
+    requests = results["requests"]
+    preloaded = settings.get("preloaded") or "glibc"
+    return [
         [
-            process["process"],
-            f"{process['second_quarter_mib']:,.0f}",
-            f"{process['last_quarter_mib']:,.0f}",
-            f"{process['slope_mib_per_minute']:+.2f}",
+            "stock" if settings["preset"] == STOCK else f"`{settings['preset']}`",
+            preloaded.removeprefix("lib").partition(".")[0],
+            f"{results['minutes']:.0f}",
+            f"{requests['streamed'] + requests['whole']:,}",
+            f"{requests['disconnected'] + requests['cancelled']:,}",
+            f"{results['errors']}",
+            f"{results['preemptions']:.0f}",
+            f"{results['scrapes']:,} ({results['read_again']})" if results["scrapes"] else "none",
+            *(_memory(results["memory"], role) for role in ("API server", "EngineCore", "Worker")),
         ]
-        for process in results["memory"]
     ]
-    kinds = ", ".join(f"{count:,} {kind}" for kind, count in sorted(results["requests"].items()))
-    summary = (
-        f"{results['minutes']:.0f} minutes, {record.settings['clients']} clients; {kinds}; "
-        f"{results['errors']} errors, {results['preemptions']:,.0f} preemptions, "
-        f"{results['archived_tokens']:,.0f} tokens archived; "
-        f"{results['scrapes']:,} readings of the metrics, {results['read_again']} of them torn"
-    )
-    return [*rows, [summary, "", "", ""]]
+
+
+def _memory(processes: list[dict[str, Any]], role: str) -> str:
+    """Medians of the second and the last quarter, and the slope of the second half."""
+    (one,) = (process for process in processes if process["process"] == role)
+    quarters = f"{one['second_quarter_mib']:,.0f}, then {one['last_quarter_mib']:,.0f}"
+    return f"{quarters} ({one['slope_mib_per_minute']:+.2f} per minute)"
 
 
 def layouts(record: Record) -> list[list[str]]:

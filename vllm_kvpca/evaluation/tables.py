@@ -46,7 +46,9 @@ def table(kind: str, records: Sequence[Record]) -> str:
         raise OptionsError(f"there is no table {kind!r}; known: {', '.join(_TABLES)}.")
     heads, rows = _TABLES[kind]
     of_kind = "codec-study" if kind in CODEC_TABLES else kind
-    chosen = sorted((r for r in records if r.kind == of_kind and rows(r)), key=_order)
+    chosen = sorted((r for r in records if r.kind == of_kind), key=_order)
+    if kind in CODEC_TABLES:
+        chosen = [record for record in chosen if rows(record)]
     if kind == "quality-transformers":
         chosen = [put_beside(record, records) for record in chosen]
     if not chosen:

@@ -113,8 +113,7 @@ class Tuner:
         """The candidate with its bases."""
         if not candidate.config.calibrated:
             return candidate
-        needed = wanted(candidate.config)
-        own = Moments({w: self.moments.sums[w] for w in needed}, self.moments.tokens)
+        own = self.moments.only(wanted(candidate.config))
         return Preset(candidate.name, candidate.config, fit_bases(own, candidate.config))
 
     def measure(self, candidate: Preset, advance: Advance = lambda tokens: None) -> Result:

@@ -117,7 +117,7 @@ class PresetCache(Cache):
         bases = {
             id(basis): basis.nbytes
             for codec in self._codecs.values()
-            for basis in (codec.k_basis, codec.v_basis)
+            for basis in (codec.k_basis, codec.k_encoder, codec.v_basis)
             if basis is not None
         }
         tokens = used[0].get_seq_length() if used else 0

@@ -62,11 +62,14 @@ def _figures(records: Sequence[Record]) -> Iterator[Figure]:
         yield Figure(f"block-life-{record.settings['preset']}", [record], draw_block_life)
     quality = [r for r in of("quality") if r.settings["compress_after"] == 0]
     for chosen in by_model([*quality, *of("codec-study")]).values():
-        yield Figure(f"frontier-{_short(chosen[0])}", chosen, draw_frontier)
+        studies = [record for record in chosen if record.kind == "codec-study"]
+        yield Figure(f"frontier-{_short(chosen[0])}", studies or chosen, draw_frontier)
     if quality:
         yield Figure("perplexity", quality, draw_models)
-    if by_format(quality):
-        yield Figure("model-size", quality, draw_sizes)
+    for chosen in (of("codec-study"), quality):
+        if by_format(chosen):
+            yield Figure("model-size", chosen, draw_sizes)
+            break
     for record in of("calibration"):
         yield Figure(f"spread-{_short(record)}", [record], draw_spread)
     for kind in ("needle", "recall"):

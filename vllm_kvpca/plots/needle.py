@@ -12,18 +12,18 @@ from vllm_kvpca.plots.themes import Theme, pyplot, style, title
 def draw_needle(records: Sequence[Record], theme: Theme) -> Any:
     """Share of the answers' tokens that are right: stock, then each preset; equal scales."""
     records = sorted(records, key=lambda one: (_about(one)["total_ratio"], one.slug))
-    maps = [("stock", _grid(records[0], "token_accuracy_stock"))]
+    maps = [("stock", records[0], "token_accuracy_stock")]
     for one in records:
         about = _about(one)
         name = f"{about['preset']}, {about['compress_after']}/{about['keep_recent']}"
-        maps.append((name, _grid(one, "token_accuracy")))
-    about = _about(records[0])
+        maps.append((name, one, "token_accuracy"))
     columns = min(4, len(maps))
     rows = -(-len(maps) // columns)
     figure, grid = pyplot().subplots(
         rows, columns, figsize=(3.4 * columns, 3.1 * rows), layout="constrained", squeeze=False
     )
-    for axes, (name, values) in zip(grid.flat, maps, strict=False):
+    for axes, (name, record, key) in zip(grid.flat, maps, strict=False):
+        values, about = _grid(record, key), _about(record)
         image = axes.imshow(values, vmin=0, vmax=1, cmap=theme.heat, aspect="auto")
         for y, row in enumerate(values):
             for x, value in enumerate(row):

@@ -6,14 +6,21 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from vllm_kvpca.codec.bands import RAW_BITS
 from vllm_kvpca.evaluation.record import Record
-from vllm_kvpca.plots.themes import Theme, legend, legend_below, pyplot, style, title
+from vllm_kvpca.plots.themes import Theme, legend_below, pyplot, style, title
+from vllm_kvpca.preset.formats import CALIBRATED_FORMATS, FORMATS
+from vllm_kvpca.preset.schema import TensorFormat
 
 _LINEAR = 0.1
 """Per cent: below this the axis of losses is linear, so that it can show zero and less."""
 
 _OFF = 5.0
 """Per cent: points that lose more would squeeze all others together."""
+
+
+_SIGNED = " signed"
+"""How the codec study spells the 4-bit codes of the product, which use all 16 levels."""
 
 
 class Point(NamedTuple):
@@ -29,20 +36,65 @@ class Point(NamedTuple):
 
 
 def points(records: Sequence[Record]) -> list[Point]:
-    """All formats with every token archived: presets through the engine, options of a study."""
+    """All formats, with every token archived that can be: presets through the engine."""
+    chosen = [r for r in records if r.kind == "quality" and _hardest(r)]
+    found = [_point(_settings(r)["preset"], "preset", r.settings, r.results) for r in chosen]
+    return sorted(found, key=_along)
+
+
+def study_points(records: Sequence[Record]) -> list[Point]:
+    """All options of one model's codec studies; formats of ours count as presets."""
+    rows: list[Any] = [row for record in records for row in _results(record)["rows"]]
+    stock = _results(records[-1])["perplexity_stock"]
+    ours = {id(row): name for name in _formats() if (row := _row_of(name, rows))}
     found = []
-    for record in records:
-        settings: Any = record.settings
-        if record.kind == "quality" and _hardest(record):
-            found.append(_point(settings["preset"], "preset", settings, record.results))
-        if record.kind == "codec-study":
-            results: Any = record.results
-            for row in results["rows"]:
-                group = "peers" if row["group"] == "peers" else "study"
-                about = {**row, "perplexity": results["perplexity_stock"]}
-                about["perplexity"] *= 1 + row["perplexity_change"]
-                found.append(_point(row["name"], group, row, about))
-    return sorted(found, key=lambda point: (point.ratio, point.name))
+    for row in rows:
+        group = "peers" if row["group"] == "peers" else "study"
+        name = ours.get(id(row), row["name"])
+        results = {**row, "perplexity": stock * (1 + row["perplexity_change"])}
+        found.append(_point(name, "preset" if id(row) in ours else group, row, results))
+    return sorted(found, key=_along)
+
+
+def _row_of(name: str, rows: Sequence[Any]) -> Any:
+    """The row that does what a format does; one with 15 levels, if none has 16."""
+    wanted = _formats()[name]
+    k, v = _spec(wanted.k, wanted), _spec(wanted.v, wanted)
+    plain = [row for row in rows if not (row["first_tokens_raw"] or row["edge_layers_raw"])]
+    for keys in ((k, v), (k.removesuffix(_SIGNED), v.removesuffix(_SIGNED))):
+        if found := [row for row in plain if (row["k"], row["v"]) == keys]:
+            return found[-1]
+    return None
+
+
+def _formats() -> dict[str, Any]:
+    return {**FORMATS, **CALIBRATED_FORMATS}
+
+
+def _spec(tensor: TensorFormat, wanted: Any) -> str:
+    """A tensor's format in the words of the codec study, e.g. "weighted+mix 1/4:8 3/4:4 signed"."""
+    if tensor.bands[0].bits == RAW_BITS:
+        return "raw"
+    basis: str = tensor.basis
+    if basis == "pca" and getattr(wanted, "query_weighted", False):
+        basis = "weighted"
+    if tensor.calibrated and wanted.mixed:
+        basis += "+mix"
+    bands = " ".join(f"{band.share}:{band.bits}" for band in tensor.bands)
+    signed = _SIGNED if any(band.bits == 4 for band in tensor.bands) else ""
+    return f"{basis} {bands}{signed}"
+
+
+def _results(record: Record) -> Any:
+    return record.results
+
+
+def _along(point: Point) -> tuple[float, str]:
+    return point.ratio, point.name
+
+
+def _settings(record: Record) -> Any:
+    return record.settings
 
 
 def _hardest(record: Record) -> bool:
@@ -64,13 +116,16 @@ def _point(name: str, group: str, about: Any, results: Any) -> Point:
 
 
 def draw_frontier(records: Sequence[Record], theme: Theme) -> Any:
-    """Loss over total ratio: presets, peers and all options of the study, of one model."""
+    """Loss over total ratio of one model: all options of the codec study and peers; without a
+    study the presets through the engine. The two are not mixed: the study's tokens attend to
+    themselves as stored, the engine's to the last few raw ones."""
+    studies = [record for record in records if record.kind == "codec-study"]
+    found = study_points(studies) if studies else points(records)
     figure, axes = pyplot().subplots(figsize=(10, 5), layout="constrained")
-    found = points(records)
     kinds = {
-        "study": ("options of the codec study", theme.cycle[4], "o", 14, 1),
+        "study": ("other options tried", theme.cycle[4], "o", 14, 1),
         "peers": ("peers, emulated on the same text", theme.cycle[1], "D", 34, 3),
-        "preset": ("presets, through the served engine", theme.cycle[0], "o", 46, 4),
+        "preset": ("our formats", theme.cycle[0], "o", 46, 4),
     }
     for group, (label, colour, marker, size, order) in kinds.items():
         chosen = [point for point in found if point.group == group]
@@ -85,32 +140,48 @@ def draw_frontier(records: Sequence[Record], theme: Theme) -> Any:
     _loss_axis(axes, theme)
     axes.set_xlabel("raw bytes / stored bytes of K and V, scales included")
     axes.set_xlim(0.9, max(p.ratio for p in found) * 1.12)
-    title(axes, f"{records[0].model}: compression against quality, every token archived", theme)
+    how = "no token sees a raw one" if studies else "through the engine, newest tokens raw"
+    title(axes, f"{records[0].model}: compression against quality ({how})", theme)
     legend_below(figure, axes, theme)
     style(figure, axes, theme)
     return figure
 
 
 def _name(axes: Any, chosen: Sequence[Point], theme: Theme) -> None:
+    """Names in the colour of their group; points on top of each other share one name."""
+    colours = {"peers": theme.cycle[1], "preset": theme.cycle[0]}
+    places: dict[Point, list[str]] = {}
     for point in chosen:
-        _label(axes, point, point.name, point.loss, _lower(point, chosen), theme)
+        same = (p for p in places if _close(p, point, 0.02, 1.15) and p.group == point.group)
+        places.setdefault(next(same, point), []).append(point.name.removeprefix("vLLM "))
+    for point, names in places.items():
+        colour = colours[point.group]
+        _label(axes, point, ", ".join(names), point.loss, list(places), colour)
 
 
-def _lower(point: Point, others: Sequence[Point]) -> bool:
-    """Whether a point close by lies above: then the name goes below."""
-    near = [o for o in others if abs(o.ratio - point.ratio) < 0.3]
-    return any(point.loss < o.loss < 3 * point.loss + 0.1 for o in near)
+def _close(one: Point, other: Point, ratio: float, factor: float) -> bool:
+    """Whether two points are drawn near each other; `factor` is that of their losses."""
+    low, high = sorted((one.loss, other.loss))
+    return abs(one.ratio - other.ratio) < ratio and high <= factor * low + 0.1 * (factor - 1)
 
 
-def _label(axes: Any, point: Point, text: str, y: float, below: bool, theme: Theme) -> None:
+def _label(
+    axes: Any, point: Point, text: str, y: float, others: Sequence[Point], colour: str
+) -> None:
+    """A name beside a point: below it if one close by is above, left if one is to the right."""
+    near = [o for o in others if _close(o, point, 0.35, 3)]
+    below = any(o.loss > point.loss for o in near)
+    beside = [o for o in near if _close(o, point, 0.35, 1.5)]
+    left = point.ratio > 1.5 and any(o.ratio > point.ratio + 0.02 for o in beside)
     axes.annotate(
         text,
         (point.ratio, y),
-        xytext=(6, -5 if below else 5),
+        xytext=(-6 if left else 6, -5 if below else 5),
         textcoords="offset points",
+        ha="right" if left else "left",
         va="top" if below else "bottom",
         fontsize=8,
-        color=theme.ink,
+        color=colour,
     )
 
 
@@ -133,7 +204,7 @@ def draw_models(records: Sequence[Record], theme: Theme) -> Any:
     )
     for axes, (model, chosen) in zip(grid.flat, models.items(), strict=True):
         _one_model(axes, points(same_text(chosen)), theme)
-        title(axes, f"{model}, every token archived", theme)
+        title(axes, f"{model}, through the engine, newest tokens raw", theme)
         style(figure, axes, theme)
     return figure
 
@@ -156,10 +227,10 @@ def _one_model(axes: Any, found: Sequence[Point], theme: Theme) -> None:
     axes.text(1.02, stock, f"stock: {stock:.3f}", va="bottom", fontsize=8.5, color=theme.ink)
     for point in found:
         off = point.loss >= _OFF
-        y = top - (top - stock) / 20 if off else point.perplexity
+        y = top - (top - stock) / 10 if off else point.perplexity
         axes.scatter(point.ratio, y, 46, color=theme.cycle[0], marker="^" if off else "o", zorder=3)
         text = f"{point.name}: {point.perplexity:.3f}"
-        _label(axes, point, text, y, off or _lower(point, found), theme)
+        _label(axes, point, text, y, found, theme.ink)
     axes.set_ylim(stock - (top - stock) / 8, top)
     axes.set_xlim(1, max(p.ratio for p in found) * 1.18)
     axes.set_xlabel("raw bytes / archived bytes of K and V, scales included")
@@ -171,23 +242,26 @@ def draw_sizes(records: Sequence[Record], theme: Theme) -> Any:
     """Ratio and loss over the model's size, a line for each format that several models have."""
     figure, (left, right) = pyplot().subplots(1, 2, figsize=(10, 4), layout="constrained")
     sizes: set[float] = set()
-    for (name, found), colour in zip(by_format(records).items(), theme.cycle, strict=False):
+    for index, (name, found) in enumerate(by_format(records).items()):
+        rounds, place = divmod(index, len(theme.cycle))
+        colour, line = theme.cycle[place], ("o-", "s--", "D:")[rounds % 3]
         x = [size for size, _ in found]
         sizes.update(x)
-        left.plot(x, [p.ratio for _, p in found], "o-", color=colour, label=name)
+        left.plot(x, [p.ratio for _, p in found], line, color=colour, label=name)
         bars = [[p.loss - p.low for _, p in found], [p.high - p.loss for _, p in found]]
         y = [p.loss for _, p in found]
-        right.errorbar(x, y, bars, fmt="o-", color=colour, label=name, elinewidth=1)
+        right.errorbar(x, y, bars, fmt=line, color=colour, label=name, elinewidth=1)
     title(left, "Raw / archived bytes of K and V", theme)
-    title(right, "Perplexity against stock, every token archived", theme)
+    how = "codec study" if records[0].kind == "codec-study" else "through the engine"
+    title(right, f"Perplexity against stock ({how})", theme)
     _loss_axis(right, theme)
     for axes in (left, right):
         axes.set_xscale("log")
         axes.set_xticks(sorted(sizes), [f"{size:,.0f}M" for size in sorted(sizes)])
         axes.minorticks_off()
         axes.set_xlabel("parameters")
-        legend(axes, theme)
         style(figure, axes, theme)
+    legend_below(figure, left, theme)
     return figure
 
 
@@ -202,8 +276,10 @@ def by_format(records: Sequence[Record]) -> dict[str, list[tuple[float, Point]]]
     found: dict[str, list[tuple[float, Point]]] = {}
     for model, chosen in by_model(records).items():
         millions = size(model)
-        for point in points(chosen) if millions else []:
-            if point.group == "preset" and millions:
+        studies = [record for record in chosen if record.kind == "codec-study"]
+        both = study_points(studies) if studies else points(chosen)
+        for point in both:
+            if millions and point.group == "preset":
                 found.setdefault(point.name, []).append((millions, point))
     return {name: rows for name, rows in found.items() if len(rows) > 1}
 

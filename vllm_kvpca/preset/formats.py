@@ -71,12 +71,13 @@ class CalibratedFormat(NamedTuple):
 
 
 _HADAMARD_4 = _tensor("hadamard", ("1", 4))
+_EIGHT_FOUR = _tensor("pca", ("3/8", 8), ("5/8", 4))
 
 CALIBRATED_FORMATS: dict[str, CalibratedFormat] = {
     "v-mixed": CalibratedFormat(
         "K raw, V in its PCA basis: the strongest 3/8 of the components in int8, the rest in int4.",
         _RAW,
-        _tensor("pca", ("3/8", 8), ("5/8", 4)),
+        _EIGHT_FOUR,
         mixed=True,
     ),
     "k7v4": CalibratedFormat(
@@ -91,6 +92,22 @@ CALIBRATED_FORMATS: dict[str, CalibratedFormat] = {
         "K in a basis weighted by the queries: 1/4 of the components in int8, the rest in int4. "
         "V in int4 after a Hadamard rotation.",
         _tensor("pca", ("1/4", 8), ("3/4", 4)),
+        _HADAMARD_4,
+        mixed=True,
+        query_weighted=True,
+    ),
+    "k5.5v5.5": CalibratedFormat(
+        "K in a basis weighted by the queries, V in its PCA basis: of each the strongest 3/8 of "
+        "the components in int8, the rest in int4.",
+        _EIGHT_FOUR,
+        _EIGHT_FOUR,
+        mixed=True,
+        query_weighted=True,
+    ),
+    "k5.5v4": CalibratedFormat(
+        "K in a basis weighted by the queries: 3/8 of the components in int8, the rest in int4. "
+        "V in int4 after a Hadamard rotation.",
+        _EIGHT_FOUR,
         _HADAMARD_4,
         mixed=True,
         query_weighted=True,

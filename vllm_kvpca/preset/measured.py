@@ -23,7 +23,9 @@ class Measured:
 
     Attributes:
         model: name of the model.
-        compress_after, keep_recent: tokens; 0 and 0 archive every token.
+        compress_after, keep_recent: tokens; 0 and 0 archive all they can.
+        archived: share of the attended keys that were archived. Less than 1 at 0 and 0 too: the
+            tokens of a step are raw in that step.
         change, low, high: relative change of perplexity and its 95 % interval; 0.01 is 1 %.
         tokens: that were predicted.
         record: file name of the record.
@@ -33,6 +35,7 @@ class Measured:
     dtype: str
     compress_after: int
     keep_recent: int
+    archived: float
     change: float
     low: float
     high: float
@@ -41,11 +44,9 @@ class Measured:
 
     @property
     def short(self) -> str:
-        """E.g. "+0.17% (+0.06% to +0.28%) with every token archived"."""
+        """E.g. "+0.17% (+0.06% to +0.28%), 91% of keys archived"."""
         interval = f"{self.change:+.2%} ({self.low:+.2%} to {self.high:+.2%})"
-        if self.compress_after == 0:
-            return f"{interval} with every token archived"
-        return f"{interval} at {self.compress_after}/{self.keep_recent}"
+        return f"{interval}, {self.archived:.0%} of keys archived"
 
 
 def load_measured(root: Path | None = None) -> dict[str, list[Measured]]:
@@ -76,6 +77,7 @@ def describe(rows: Sequence[Measured], with_model: bool) -> str:
     if not rows:
         return NOT_MEASURED
     return "; ".join(
-        f"{row.short} ({f'{row.model}, ' if with_model else ''}{row.dtype}, {row.tokens:,} tokens)"
+        f"{row.short} ({f'{row.model}, ' if with_model else ''}{row.dtype}, "
+        f"{row.compress_after}/{row.keep_recent}, {row.tokens:,} tokens)"
         for row in rows
     )

@@ -145,13 +145,10 @@ def cache_stats(scheduler: Any) -> dict[str, float] | None:
     if fixed is None:
         return None
     recent, archive = fixed.recent, fixed.archive
-    known = filter(None, map(scheduler.requests.get, recent.req_to_blocks))
-    tokens = sum([request.num_computed_tokens for request in known])
+    tokens, sequences = _computed(scheduler, recent)
     # Archive rows end at the boundary, or behind it after a prefix hit: never in a block that is
     # only partly computed. Shared blocks count for each sequence.
     archived_tokens = archive.uses * archive.block_size
-    sequences = sum(map(bool, recent.req_to_blocks.values()))
-    archived_sequences = sum(map(bool, archive.req_to_blocks.values()))
     raw_bytes = fixed.page * len(recent.held)
     archived_bytes = fixed.page * len(archive.held)
     saved = int(archived_bytes * fixed.raw_blocks) - archived_bytes
@@ -164,13 +161,22 @@ def cache_stats(scheduler: Any) -> dict[str, float] | None:
         "kv_cache_tokens/archived": archived_tokens,
         "kv_cache_saved_bytes": saved,
         "kv_cache_compression_ratio": (used + saved) / used if used else 1.0,
-        "sequences/raw": sequences - archived_sequences,
-        "sequences/archived": archived_sequences,
+        "sequences/raw": sequences - archive.sequences,
+        "sequences/archived": archive.sequences,
         "archived_tokens": archive.archived_tokens,
         "archive_operations": archive.archive_operations,
         "archive_written_bytes": archive.archived_tokens * fixed.token_bytes,
         **fixed.capacity,
     }
+
+
+def _computed(scheduler: Any, recent: RecentManager) -> tuple[int, int]:
+    """Computed tokens of the sequences that hold blocks, and how many those are."""
+    holders, requests = recent.req_to_blocks, scheduler.running
+    if len(requests) != len(holders):  # some wait while they hold blocks, or hold none yet
+        known = [scheduler.requests.get(name) for name, rows in holders.items() if rows]
+        requests = [request for request in known if request is not None]
+    return sum([request.num_computed_tokens for request in requests]), len(requests)
 
 
 def _capacity(scheduler: Any) -> dict[str, int]:

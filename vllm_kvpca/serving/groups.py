@@ -251,6 +251,8 @@ class ArchiveManager(_GroupManager):
         """Tokens archived since the engine started."""
         self.archive_operations = 0
         """Steps in which a sequence archived, over all sequences."""
+        self.sequences = 0
+        """Sequences that hold archive blocks."""
         self.ended: dict[str, int] = {}
         """Archived tokens of requests that gave their blocks back; cache_stats empties it."""
 
@@ -285,14 +287,20 @@ class ArchiveManager(_GroupManager):
         new = self.block_pool.get_new_blocks(missing)
         self.archived_tokens += missing * self.block_size
         self.archive_operations += 1
+        self.sequences += not rows
         rows.extend(new)
         self._hold(new)
         if self._record_new_block_ids:
             self.new_block_ids.extend(block.block_id for block in new)
         return new
 
+    def add_local_computed_blocks(self, request_id: str, *args: Any, **kwargs: Any) -> None:
+        super().add_local_computed_blocks(request_id, *args, **kwargs)
+        self.sequences += bool(self.req_to_blocks[request_id])
+
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         blocks = super().pop_blocks_for_free(request_id)
+        self.sequences -= bool(blocks)
         # A request that is preempted and ends before it runs again holds nothing the second time.
         if blocks or request_id not in self.ended:
             self.ended[request_id] = len(blocks) * self.block_size
