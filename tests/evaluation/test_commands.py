@@ -39,17 +39,18 @@ def test_quality_counts_what_was_archived(model, tmp_path):
     # An int4 V costs something; a broken archive costs everything.
     assert 1e-6 < results["kl_lower_bound_mean_nats"] < 0.1
     assert abs(results["perplexity_change"]) < 0.1
-    # The same through transformers: the same tokens are archived, so both lose alike, but for the
-    # rounding of float16 on one way and float32 on the other.
+    # The same through transformers: the same tokens are archived, so both lose alike, but for
+    # rounding: the engine's float16 logits come in steps of 1/64, which is 0.0003 in a mean over
+    # 1,022 tokens, and adds a KL of about 2e-5 (a 64th of what bfloat16 adds in the records).
     elsewhere = ["--through", "transformers", "--dtype", "float32"]
     evaluate("quality", *common, *chosen, *output, *elsewhere)
     [other] = load_all(tmp_path / "records", "quality-transformers")
     theirs = other.results
     for name in ("boundary_step_tokens", "predicted_tokens", "archived_share_of_attended_keys"):
         assert theirs[name] == results[name]
-    assert abs(theirs["perplexity_change"] - results["perplexity_change"]) < 0.002
+    assert abs(theirs["perplexity_change"] - results["perplexity_change"]) < 0.001
     bounds = [r["kl_lower_bound_mean_nats"] for r in (results, theirs)]
-    assert abs(bounds[0] - bounds[1]) < 0.2 * bounds[0]
+    assert abs(bounds[0] - bounds[1]) < 2e-5 + 0.2 * bounds[1]
     assert theirs["kl_lower_bound_mean_nats"] < theirs["kl_mean_nats"]
 
 
