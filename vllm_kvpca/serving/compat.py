@@ -265,6 +265,7 @@ def send_first_stats() -> None:
     def run_busy_loop(original: Any) -> Any:
         def wrapper(self: Any) -> Any:
             if KEY in (self.vllm_config.additional_config or {}):
+                _fetch_archive_times(self)
                 stats = self.scheduler.make_stats()
                 if stats is not None:
                     self.output_queue.put_nowait((0, EngineCoreOutputs(scheduler_stats=stats)))
@@ -280,21 +281,30 @@ def send_first_stats() -> None:
 
 
 def fetch_archive_times() -> None:
-    """Every engine that keeps statistics asks its workers now and then how long archiving took."""
+    """Every engine that keeps statistics asks its workers now and then how long archiving took.
+
+    This is for engines within the process. One in a process of its own loads plugins only while
+    it is initialized: there `send_first_stats` does it.
+    """
     from vllm.v1.engine.core import EngineCore
 
     def init(original: Any) -> Any:
         def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
             original(self, *args, **kwargs)
-            if self.log_stats and KEY in (self.vllm_config.additional_config or {}):
-                from vllm_kvpca.serving.archive_time import SampleFetcher
-                from vllm_kvpca.serving.cache_stats import Sent
-
-                Sent.of(self.scheduler).samples = SampleFetcher(self.model_executor)
+            if KEY in (self.vllm_config.additional_config or {}):
+                _fetch_archive_times(self)
 
         return wrapper
 
     _wrap_once(EngineCore, "__init__", init)
+
+
+def _fetch_archive_times(engine: Any) -> None:
+    from vllm_kvpca.serving.archive_time import SampleFetcher
+    from vllm_kvpca.serving.cache_stats import Sent
+
+    if engine.log_stats:
+        Sent.of(engine.scheduler).samples = SampleFetcher(engine.model_executor)
 
 
 # -- status: waits for a way to ask the scheduler, and not only workers, from a route -----
