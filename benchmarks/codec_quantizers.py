@@ -2,7 +2,7 @@
 
 A spec is a line of words: a basis, bands, and extras.
 
-    weighted+mix 3/4:8 1/4:4            K as in k7v4
+    weighted+mix 1/4:8 3/4:4            K as in k5v4
     hadamard 1:4 gauss                  16 Lloyd-Max levels instead of uniform steps
     pca+mix waterfill=30                bands chosen by reverse water-filling for 30 bytes
 

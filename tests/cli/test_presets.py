@@ -28,7 +28,7 @@ def test_the_list_for_programs():
     k8v4 = rows["k8v4"]
     assert (k8v4["model"], k8v4["head_dim"]) == (None, 128)
     assert k8v4["total_ratio"] == 512 / 196 and k8v4["v_ratio"] == 256 / 66
-    own = rows[f"{SMOLLM2}/k7v4"]
+    own = rows[f"{SMOLLM2}/k5v4"]
     assert own["model"] == "HuggingFaceTB/SmolLM2-135M-Instruct" and own["head_dim"] == 64
     assert own["total_ratio"] == 256 / 94
     row = own["measured"][0]
@@ -46,8 +46,8 @@ def test_the_list_for_people():
         assert any(name in line for line in lines)
     (qwen,) = (line for line in lines if "Qwen2.5-7B/kh8v4" in line)
     assert "2.61" in qwen and "not measured" in qwen
-    (k7v4,) = (line for line in lines if "k7v4" in line)
-    assert "94% of keys archived" in k7v4
+    (k5v4,) = (line for line in lines if "k5v4" in line)
+    assert "94% of keys archived" in k5v4
 
 
 def test_presets_say_what_the_records_say():
@@ -58,14 +58,14 @@ def test_presets_say_what_the_records_say():
 def test_a_record_belongs_to_the_preset_of_its_model():
     records = load_all(RECORDS, "quality")
     found = measured.measured(records)
-    names = {name for name in found if name.endswith("/k7v4")}
-    assert names == {f"{SMOLLM2}/k7v4"}
+    names = {name for name in found if name.endswith("/k5v4")}
+    assert names == {f"{SMOLLM2}/k5v4"}
     (one,) = (r for r in records if r.settings["preset"] == "k8v4" and "0-0-float16" in r.slug)
     other = one.model_copy(update={"model": "Llama-3.1-8B-Instruct"})
     assert set(measured.measured([other])) == {"k8v4", "meta-llama--Llama-3.1-8B/k8v4"}
 
 
-@pytest.mark.parametrize("name", ["measured.json", f"{SMOLLM2}/k7v4/README.md"])
+@pytest.mark.parametrize("name", ["measured.json", f"{SMOLLM2}/k5v4/README.md"])
 def test_what_is_stale_is_found_and_written(tmp_path, monkeypatch, name):
     root = tmp_path / "presets"
     shutil.copytree(files.shipped_root(), root)

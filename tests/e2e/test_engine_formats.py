@@ -35,7 +35,7 @@ def test_archiving_everything_keeps_the_model_s_predictions():
 def test_three_tensor_parallel_ranks_answer_like_one():
     """SmolLM2 has three KV heads: each rank takes the bases of its own, and this preset has
     another basis of K for each head."""
-    calibrated = "HuggingFaceTB--SmolLM2-135M-Instruct/k7v4"
+    calibrated = "HuggingFaceTB--SmolLM2-135M-Instruct/k5.5v5.5"
     preset = {"preset": calibrated, "compress_after": 256, "keep_recent": 128}
     sampling = {**GREEDY, "max_tokens": 16}
     rounds = [{"prompts": text_prompts([150, 600]), "sampling": sampling}]

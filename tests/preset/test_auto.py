@@ -17,7 +17,7 @@ QWEN_SHAPE = (28, 4, 128)
     ("name", "shape", "bias", "preset", "why"),
     [
         ("HuggingFaceTB/SmolLM2-135M-Instruct", (30, 3, 64), False,
-         "HuggingFaceTB--SmolLM2-135M-Instruct/k7v4", "shipped for this model"),
+         "HuggingFaceTB--SmolLM2-135M-Instruct/k5.5v5.5", "shipped for this model"),
         ("Qwen/Qwen2.5-7B-Instruct", QWEN_SHAPE, True, QWEN, "for this architecture"),
         ("/models/Qwen2.5-7B", None, False, QWEN, "not measured on it"),
         ("Qwen/Qwen2-1.5B-Instruct", (28, 2, 128), True, "Qwen--Qwen2-1.5B/kh8v4", "large bias"),

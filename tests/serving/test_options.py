@@ -58,14 +58,14 @@ def test_options_come_from_additional_config():
 @pytest.mark.parametrize(
     ("names", "preset"),
     [
-        (["/models/Model-1B"], "org--Model-1B/k7v4"),
-        (["/models/x", "org/model-1b"], "org--Model-1B/k7v4"),
+        (["/models/Model-1B"], "org--Model-1B/k5.5v5.5"),
+        (["/models/x", "org/model-1b"], "org--Model-1B/k5.5v5.5"),
         (["org/Other"], "k8v4"),
         (["org/Model-2B"], "k8v4"),  # has a preset, but of no format that auto takes
     ],
 )
 def test_auto_is_the_model_s_preset_or_one_for_any_model(monkeypatch, names, preset):
-    shipped = ["k8v4", "org--Model-1B/v-mixed", "org--Model-1B/k7v4", "org--Model-2B/v-mixed"]
+    shipped = ["k8v4", "org--Model-1B/v-mixed", "org--Model-1B/k5.5v5.5", "org--Model-2B/v-mixed"]
     monkeypatch.setattr(files, "list_shipped", lambda: dict.fromkeys(shipped))
     logged = []
     monkeypatch.setattr(options_module.logger, "info", lambda text, *args: logged.append(args))

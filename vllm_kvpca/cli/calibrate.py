@@ -35,7 +35,7 @@ UNFINISHED = "moments.safetensors"
 
 def calibrate(
     model: Annotated[str, typer.Option(help="Model folder or Hub name.")],
-    format: Annotated[str, typer.Option(help="Format to fit, e.g. k7v4 or v-mixed.")],
+    format: Annotated[str, typer.Option(help="Format to fit, e.g. k5.5v5.5 or v-mixed.")],
     output: Annotated[Path, typer.Option(help="Folder of the new preset.")],
     text: Annotated[
         list[Path] | None, typer.Option(help="Text file; more may follow it: --text a b c.")

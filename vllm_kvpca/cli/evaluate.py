@@ -149,7 +149,7 @@ def memory(
     format: Annotated[list[str], typer.Option(help="Format; give it once for each.")] = [  # noqa: B006
         "k8v8",
         "k8v4",
-        "k7v4",
+        "k5.5v5.5",
         "k5v4",
     ],
     max_model_len: MaxModelLen = 131_072,

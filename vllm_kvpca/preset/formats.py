@@ -80,14 +80,6 @@ CALIBRATED_FORMATS: dict[str, CalibratedFormat] = {
         _EIGHT_FOUR,
         mixed=True,
     ),
-    "k7v4": CalibratedFormat(
-        "K in a basis weighted by the queries: 3/4 of the components in int8, the rest in int4. "
-        "V in int4 after a Hadamard rotation.",
-        _tensor("pca", ("3/4", 8), ("1/4", 4)),
-        _HADAMARD_4,
-        mixed=True,
-        query_weighted=True,
-    ),
     "k5v4": CalibratedFormat(
         "K in a basis weighted by the queries: 1/4 of the components in int8, the rest in int4. "
         "V in int4 after a Hadamard rotation.",
@@ -130,7 +122,7 @@ CALIBRATED_FORMATS: dict[str, CalibratedFormat] = {
 
 AUTO = "auto"
 """In place of a preset's name; see files.choose_preset."""
-RECOMMENDED = "k7v4"
+RECOMMENDED = "k5.5v5.5"
 DEFAULT = "k8v4"
 DEFAULT_WITH_KEY_BIAS = "kh8v4"
 """A bias of K in a few channels makes one scale per token too coarse for all others. Rotated, it is
