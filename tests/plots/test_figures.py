@@ -136,7 +136,7 @@ def test_a_study_is_not_mixed_with_what_the_engine_measured():
     found = {point.name: point for point in study_points([study()])}
     assert {name: point.group for name, point in found.items()} == {
         "vLLM fp8": "peers", "K pca 1:2": "study", "older": "study",
-        "k8v4": "preset", "k7v4": "study", "k5v4": "preset", "v-rank-int8": "preset",
+        "k8v4": "preset", "seven": "study", "k5v4": "preset", "v-rank-int8": "preset",
     }  # fmt: skip
     assert found["k8v4"].loss == pytest.approx(0.8)  # with all 16 levels, as the product has it
     assert found["vLLM fp8"].perplexity == pytest.approx(10.14)
