@@ -59,7 +59,7 @@ def study_points(records: Sequence[Record]) -> list[Point]:
 def _row_of(name: str, rows: Sequence[Any]) -> Any:
     """The row that does what a format does; one with 15 levels, if none has 16."""
     wanted = _formats()[name]
-    k, v = _spec(wanted.k, wanted), _spec(wanted.v, wanted)
+    k, v = (_spec(which, wanted) for which in "kv")
     plain = [row for row in rows if not (row["first_tokens_raw"] or row["edge_layers_raw"])]
     for keys in ((k, v), (k.removesuffix(_SIGNED), v.removesuffix(_SIGNED))):
         if found := [row for row in plain if (row["k"], row["v"]) == keys]:
@@ -71,12 +71,13 @@ def _formats() -> dict[str, Any]:
     return {**FORMATS, **CALIBRATED_FORMATS}
 
 
-def _spec(tensor: TensorFormat, wanted: Any) -> str:
-    """A tensor's format in the words of the codec study, e.g. "weighted+mix 1/4:8 3/4:4 signed"."""
+def _spec(which: str, wanted: Any) -> str:
+    """K's or V's format in the words of the codec study, e.g. "weighted+mix 1/4:8 3/4:4 signed"."""
+    tensor: TensorFormat = getattr(wanted, which)
     if tensor.bands[0].bits == RAW_BITS:
         return "raw"
     basis: str = tensor.basis
-    if basis == "pca" and getattr(wanted, "query_weighted", False):
+    if which == "k" and getattr(wanted, "query_weighted", False):
         basis = "weighted"
     if tensor.calibrated and wanted.mixed:
         basis += "+mix"
