@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -9,6 +11,9 @@ from typer.testing import CliRunner
 from vllm_kvpca.cli.main import app
 from vllm_kvpca.evaluation import decode_bench, engine_bench, tables
 from vllm_kvpca.evaluation.engine import STOCK, EngineSettings
+from vllm_kvpca.preset import load_preset
+
+ROOT = Path(__file__).parents[2]
 
 
 def row(shape, contender, microseconds, gigabytes=1000.0):
@@ -79,6 +84,31 @@ def test_memory_limited_engines_are_compared_with_stock(make, monkeypatch):
         kind="memory-limited", slug="m", results=engine_bench.compare_memory_short(results)
     )
     assert "| `k8v4` | 240 | 5 (2.50x) |" in tables.table("memory-limited", [record])
+
+
+def test_engines_of_calibrated_formats_load_a_preset_that_fits_the_model(monkeypatch):
+    model = str(ROOT / "benchmarks" / "models" / "Qwen2.5-7B-shaped")
+    seen = []
+
+    def measured(settings):
+        if settings.preset != STOCK:
+            preset = load_preset(settings.preset)  # as the engine does, which checks the bases
+            preset.check_model([settings.model], 28, 4, 128, list(range(28)))
+            seen.append((preset.config.format, preset.layout(128).total_ratio))
+        return {"tokens": 1, "tokens_per_second": 1.0}
+
+    settings = EngineSettings(model=model, max_model_len=64, kv_gib=1)
+    *_, results = engine_bench.run(settings, ["k5.5v5.5"], measured)
+    assert list(results) == [STOCK, "k5.5v5.5"]
+    assert seen == [("k5.5v5.5", pytest.approx(512 / (2 * (48 + 40 + 4))))]
+
+
+@pytest.mark.parametrize("name", ["k5.5v5.5", "k4v4"])
+def test_kernels_of_calibrated_formats_have_a_basis_for_each_head(name):
+    preset = decode_bench._preset(name, decode_bench.Shape(1, 8))
+    basis = preset.basis("k", 0, [0, 1, 2, 3], 128)
+    torch.testing.assert_close(basis @ basis.mT, torch.eye(128).expand(4, -1, -1))
+    assert not torch.equal(basis[0], basis[1])
 
 
 @pytest.mark.parametrize("what", ["kernels", "engine", "memory-limited"])

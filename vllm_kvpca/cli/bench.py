@@ -22,9 +22,15 @@ ENGINES = ["stock", "stock-fp8", "k8v4"]
 
 Model = Annotated[str, typer.Option(help="Folder with a config.json; weights are not needed.")]
 Shapes = Annotated[list[str], typer.Option(help="BATCHxCONTEXT; once for each.")]
-Contenders = Annotated[list[str], typer.Option(help="Preset to measure; once for each.")]
+Contenders = Annotated[
+    list[str],
+    typer.Option(
+        help="Preset to measure, or calibrated format (with random bases); once for each."
+    ),
+]
 Engines = Annotated[
-    list[str], typer.Option(help="Engine: stock, stock-fp8 or a preset; once for each.")
+    list[str],
+    typer.Option(help="Engine: stock, stock-fp8, a preset, or a calibrated format; once for each."),
 ]
 KvGib = Annotated[float, typer.Option(help="Memory of the KV cache, GiB.")]
 

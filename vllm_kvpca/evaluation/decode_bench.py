@@ -17,10 +17,12 @@ from typing import Any
 
 import torch
 
+from vllm_kvpca.calibration.collect import AttentionShape
 from vllm_kvpca.codec.policy import Policy
+from vllm_kvpca.evaluation.random_preset import is_calibrated_format, random_preset
 from vllm_kvpca.pages.layout import raw_token_bytes
 from vllm_kvpca.pages.plan import plan_pages
-from vllm_kvpca.preset import load_preset
+from vllm_kvpca.preset import Preset, load_preset
 
 Call = Callable[[int], Any]
 """Attention over one set of blocks, by its index."""
@@ -243,7 +245,7 @@ def _ours(shape: Shape, name: str) -> tuple[Call, int, float]:
     from vllm_kvpca.kernels.decode import decode, make_workspace, plan_decode
     from vllm_kvpca.kernels.layer_codec import LayerCodec
 
-    preset = load_preset(name.removesuffix(ALL_ARCHIVED))
+    preset = _preset(name.removesuffix(ALL_ARCHIVED), shape)
     after, kept = (0, 0) if name.endswith(ALL_ARCHIVED) else (512, 256)
     content = preset.layout(shape.head_dim).content_bytes
     raw = raw_token_bytes(shape.head_dim)
@@ -309,6 +311,14 @@ def _ours(shape: Shape, name: str) -> tuple[Call, int, float]:
 
     tokens = archived * content + (shape.context - archived) * raw
     return call, sets, tokens / shape.context
+
+
+def _preset(name: str, shape: Shape) -> Preset:
+    """A preset; a calibrated format by its name has random bases."""
+    if is_calibrated_format(name):
+        heads = AttentionShape(1, shape.kv_heads, shape.head_dim, (0,))
+        return random_preset(name, "one layer", heads)
+    return load_preset(name)
 
 
 _BUILDERS: dict[str, Callable[[Shape, str], tuple[Call, int, float]]] = {

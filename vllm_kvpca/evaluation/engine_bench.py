@@ -12,7 +12,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,10 @@ import numpy as np
 from vllm_kvpca.evaluation import engine
 from vllm_kvpca.evaluation.engine import STOCK, EngineSettings
 from vllm_kvpca.evaluation.load import random_prompts
+from vllm_kvpca.evaluation.presets import attention_shape
+from vllm_kvpca.evaluation.random_preset import CARD, is_calibrated_format, random_preset
+from vllm_kvpca.evaluation.record import model_name
+from vllm_kvpca.preset import save_preset
 
 STOCK_FP8 = "stock-fp8"
 """In place of a preset: vLLM without compression, K and V in fp8."""
@@ -223,15 +229,21 @@ def run(
         names: stock comes first, whatever their order.
     """
     results: dict[str, dict[str, Any]] = {}
-    for name in dict.fromkeys([STOCK, *names]):
-        chosen = _settings(settings, name)
-        begin = time.monotonic()
-        results[name] = one(chosen)
-        print(f"{name}: {time.monotonic() - begin:.0f} s, {results[name]}", flush=True)
-        yield results
+    with TemporaryDirectory() as folder:
+        every = {name: _settings(settings, name, Path(folder)) for name in (STOCK, *names)}
+        for name, chosen in every.items():
+            begin = time.monotonic()
+            results[name] = one(chosen)
+            print(f"{name}: {time.monotonic() - begin:.0f} s, {results[name]}", flush=True)
+            yield results
 
 
-def _settings(settings: EngineSettings, name: str) -> EngineSettings:
+def _settings(settings: EngineSettings, name: str, folder: Path) -> EngineSettings:
+    """Settings of one engine; presets with random bases are written into `folder`."""
     if name == STOCK_FP8:
         return settings.model_copy(update={"preset": STOCK, "kv_cache_dtype": "fp8"})
-    return settings.model_copy(update={"preset": name})
+    if not is_calibrated_format(name):
+        return settings.model_copy(update={"preset": name})
+    preset = random_preset(name, model_name(settings.model), attention_shape(settings.model))
+    save_preset(folder / name, preset.config, preset.bases, CARD.format(name=name))
+    return settings.model_copy(update={"preset": str(folder / name)})

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from vllm_kvpca.calibration.collect import AttentionShape
 from vllm_kvpca.evaluation.engine import STOCK
 from vllm_kvpca.preset import load_preset
 
@@ -38,3 +39,12 @@ def head_dim(model: str) -> int:
 
     config = AutoConfig.from_pretrained(model).get_text_config()
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def attention_shape(model: str) -> AttentionShape:
+    """Layers and heads by the configuration alone, for models of full attention only."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(model).get_text_config()
+    layers = config.num_hidden_layers
+    return AttentionShape(layers, config.num_key_value_heads, head_dim(model), tuple(range(layers)))
