@@ -101,6 +101,8 @@ def arguments(settings: EngineSettings) -> dict[str, Any]:
         "dtype": settings.dtype,
         "kv_cache_dtype": settings.kv_cache_dtype,
         "kv_cache_memory_bytes": int(settings.kv_gib * 2**30),
+        # Beside that, vLLM only asks whether so much of a GPU is free: others may be at work there.
+        "gpu_memory_utilization": 0.05,
         "max_model_len": settings.max_model_len,
         "max_num_seqs": settings.max_num_seqs,
         "max_num_batched_tokens": settings.max_num_batched_tokens,
