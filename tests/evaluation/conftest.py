@@ -7,7 +7,7 @@ from vllm_kvpca.evaluation.record import Hardware, Record
 
 @pytest.fixture
 def make():
-    def make_record(kind="capacity", slug="m-k8v4", results=None, **settings):
+    def make_record(kind="capacity", slug="m-k8v4", results=None, model="m", **settings):
         common = {
             "preset": "k8v4",
             "total_ratio": 2.56,
@@ -20,7 +20,7 @@ def make():
         return Record(
             kind=kind,
             slug=slug,
-            model="m",
+            model=model,
             model_sha256="0" * 64,
             hardware=Hardware(cpu="cpu", cores=2, threads_bind="0", ram_gib=1, gpu=None),
             versions={"torch": "2", "vllm": "0.32.0"},

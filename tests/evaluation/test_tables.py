@@ -50,6 +50,16 @@ def test_rows_are_ordered_and_of_one_kind(make):
     assert [row[:6] for row in rows] == ["| `a` ", "| `b` "]
 
 
+def test_a_model_in_the_marker_leaves_out_the_others(make):
+    records = [make(slug="a", preset="a", model="org/One"), make(slug="b", preset="b", model="Two")]
+    page = update(PAGE.replace("table:capacity", "table:capacity One"), records)
+    assert "`a`" in page
+    assert "`b`" not in page
+    assert page.startswith("# Title\n\n<!-- table:capacity One -->\n")
+    with pytest.raises(OptionsError, match="no record of Three"):
+        table("capacity", records, "Three")
+
+
 def test_every_row_has_as_many_cells_as_the_head(make):
     quality = {
         "perplexity_change": 0.0055,

@@ -3,6 +3,8 @@
 <!-- table:quality -->
 ...
 <!-- /table -->
+
+A model's name after the kind, as in table:quality gemma-3-270m, leaves out the others.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ from vllm_kvpca.evaluation.record import Record
 
 _Rows = Callable[[Record], list[list[str]]]
 _BENCHES = ("kernels", "engine", "memory-limited")
-_TABLE = re.compile(r"(<!-- table:(?P<kind>[a-z-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
+_TABLE = re.compile(
+    r"(<!-- table:(?P<kind>[a-z-]+)(?: (?P<model>\S+))? -->\n).*?(<!-- /table -->)", re.DOTALL
+)
 
 
 def update(text: str, records: Sequence[Record]) -> str:
@@ -32,7 +36,7 @@ def update(text: str, records: Sequence[Record]) -> str:
     Raises:
         OptionsError: a marker names no table, or there is no record for it.
     """
-    return _TABLE.sub(lambda m: m[1] + table(m["kind"], records) + m[3], text)
+    return _TABLE.sub(lambda m: m[1] + table(m["kind"], records, m["model"]) + m[4], text)
 
 
 def stale(paths: Sequence[Path], records: Sequence[Record]) -> list[Path]:
@@ -40,19 +44,27 @@ def stale(paths: Sequence[Path], records: Sequence[Record]) -> list[Path]:
     return [path for path in paths if update(path.read_text(), records) != path.read_text()]
 
 
-def table(kind: str, records: Sequence[Record]) -> str:
-    """One table in Markdown: the rows of each record, then how the numbers were made."""
+def table(kind: str, records: Sequence[Record], model: str | None = None) -> str:
+    """One table in Markdown: the rows of each record, then how the numbers were made.
+
+    Args:
+        model: only records of the model whose name ends so.
+    """
     if kind not in _TABLES:
         raise OptionsError(f"there is no table {kind!r}; known: {', '.join(_TABLES)}.")
     heads, rows = _TABLES[kind]
     of_kind = "codec-study" if kind in CODEC_TABLES else kind
     chosen = sorted((r for r in records if r.kind == of_kind), key=_order)
+    chosen = [record for record in chosen if model in (None, record.model.rpartition("/")[2])]
     if kind in CODEC_TABLES:
         chosen = [record for record in chosen if rows(record)]
     if kind == "quality-transformers":
         chosen = [put_beside(record, records) for record in chosen]
     if not chosen:
-        raise OptionsError(f"no record for the table {kind!r}: make one with {_command(kind)}.")
+        of_model = f" of {model}" if model else ""
+        raise OptionsError(
+            f"no record{of_model} for the table {kind!r}: make one with {_command(kind)}."
+        )
     if callable(heads):
         heads = heads(chosen[0])
     lines = [_line(heads), _line(["---"] + ["---:"] * (len(heads) - 1))]
