@@ -36,6 +36,7 @@ CASES = {
     **{f"cap-{f}": (f, 64, 2, "float16", 5.0, [96], [17]) for f in FORMATS},
     "recent-only": ("k8v4", 64, 2, "float16", None, *SINGLE),
     "archive-only": ("k8v4", 64, 2, "float16", None, *ARCHIVED),
+    "many-sequences": ("k-mixed", 64, 2, "float16", None, [48] * 17, [1] * 17),
     "padding-only": ("k8v4", 64, 2, "float16", None, [0, 0], [None, None]),
 }
 

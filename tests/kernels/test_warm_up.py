@@ -25,7 +25,7 @@ def make_layer():
     from vllm_kvpca.serving.device_step import DeviceWorkspace
 
     torch.manual_seed(0)
-    codec = make_codec("k8v4", HEAD_DIM, KV_HEADS, torch.bfloat16)
+    codec = make_codec("kv-mixed", HEAD_DIM, KV_HEADS, torch.bfloat16)
     key, value = torch.zeros(2, 400, KV_HEADS, HEAD_DIM, dtype=torch.bfloat16)
     decode = make_workspace(64, HEADS, KV_HEADS, HEAD_DIM, 400, torch.device("cpu"))
     return codec, DeviceWorkspace(decode, key, value)
@@ -81,7 +81,7 @@ def test_no_step_compiles_a_kernel_that_warm_up_has_not():
     first = compile_in_subprocess(__file__, "warm", 90)
     both = compile_in_subprocess(__file__, "warm_then_steps", 90)
     names = {kernel.name for kernel in first}
-    assert {"split_kernel", "merge_kernel", "chunks_kernel"} <= names
+    assert {"rotate_kernel", "split_kernel", "merge_kernel", "chunks_kernel"} <= names
     assert len(both) > 2 * len(first)
     assert {(k.name, k.cubin_bytes, k.hash) for k in both} == {
         (k.name, k.cubin_bytes, k.hash) for k in first

@@ -3,9 +3,9 @@
 Once per step, plan_decode lists chunks of the two caches (decode_chunks). Then, in every
 layer, split-KV programs attend to a chunk each (decode_split), and one kernel merges a
 sequence's chunks, rotates V's components back to head space, once per query head, and adds
-the new token (decode_merge); a basis for K costs two more small launches. The host reads
-nothing back and its launches depend on shapes alone, so all of it can be captured in a CUDA
-graph.
+the new token (decode_merge). With a basis for K, queries are rotated before (decode_rotate).
+The host reads nothing back and its launches depend on shapes alone, so all of it can be
+captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from vllm_kvpca.kernels.decode_plan import (
     recent_part,
     row_count,
 )
+from vllm_kvpca.kernels.decode_rotate import rotate_kernel
 from vllm_kvpca.kernels.decode_split import split_kernel
 from vllm_kvpca.kernels.layer_codec import LayerCodec
 from vllm_kvpca.kernels.overlap import interpreted, launch_options, overlaps
@@ -43,6 +44,8 @@ LEAST_TOKENS = 64
 """Raw tokens' worth of bytes below which a chunk does not pay for its merge."""
 FEW_MERGES = 32
 """Sequences times KV heads up to which the merge takes query heads one by one."""
+ROTATED_COLUMNS = 32
+"""Components that a program of the rotation makes."""
 
 
 def plan_decode(
@@ -240,9 +243,25 @@ def _options(tuning: Tuning) -> dict[str, int]:
 
 def _rotate(query: torch.Tensor, basis: torch.Tensor, workspace: DecodeWorkspace) -> torch.Tensor:
     """(batch, kv_heads, group, head_dim) float32 queries in K's component space."""
-    batch, heads, _ = query.shape
+    batch, heads, head_dim = query.shape
     kv_heads = len(basis)
-    plain, rotated = workspace.rotated[:, :, : batch * (heads // kv_heads)].unbind(0)
-    plain.unflatten(1, (batch, -1)).copy_(query.unflatten(1, (kv_heads, -1)).transpose(0, 1))
-    torch.bmm(plain, basis, out=rotated)
-    return rotated.unflatten(1, (batch, -1)).transpose(0, 1)
+    group = heads // kv_heads
+    rotated = workspace.rotated[:, : batch * group]
+    rows = 16 if batch * kv_heads <= FEW_MERGES else 64
+    grid = triton.cdiv(batch * group, rows), kv_heads, triton.cdiv(head_dim, ROTATED_COLUMNS)
+    overlap = overlaps()
+    rotate_kernel[grid](
+        *(query, basis, rotated, batch * group),
+        *(query.stride(0), query.stride(1), rotated.stride(0), rotated.stride(1)),
+        *basis.stride(),
+        GROUP=group,
+        ROWS=rows,
+        DIM=head_dim,
+        WIDTH=triton.next_power_of_2(head_dim),
+        COLUMNS=ROTATED_COLUMNS,
+        PRECISION="ieee" if interpreted() else "tf32x3",
+        OVERLAP=overlap,
+        num_warps=4,
+        **launch_options(overlap),
+    )
+    return rotated.unflatten(1, (batch, group)).transpose(0, 1)

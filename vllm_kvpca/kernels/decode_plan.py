@@ -61,8 +61,7 @@ class DecodeWorkspace:
         maxima, weights: (chunks, kv_heads, rows) float32, the largest score (base-2 units)
             and the sum of 2^(score - largest).
         chunks, spans: (capacity, 8) and (max_batch, 4) int32, see decode_chunks.
-        rotated: (2, kv_heads, max_batch * group, head_dim) float32, queries in their own and
-            in K's component space.
+        rotated: (kv_heads, max_batch * group, head_dim) float32, queries in K's component space.
         target: chunks per KV head to aim at; a batch has at most target + 2 * batch.
         tuning: how the kernels are launched.
     """
@@ -111,7 +110,7 @@ def make_workspace(
         weights=buffer(chunks, kv_heads, rows),
         chunks=buffer(chunks, CHUNK_FIELDS, dtype=torch.int32),
         spans=buffer(max_batch, SPAN_FIELDS, dtype=torch.int32),
-        rotated=buffer(2, kv_heads, max_batch * (heads // kv_heads), head_dim),
+        rotated=buffer(kv_heads, max_batch * (heads // kv_heads), head_dim),
         target=target,
         tuning=tuning,
     )
