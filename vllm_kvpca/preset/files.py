@@ -28,6 +28,7 @@ from vllm_kvpca.codec.basis import (
 )
 from vllm_kvpca.errors import PresetInvalid, PresetMismatch, PresetNotFound
 from vllm_kvpca.pages.layout import ArchiveLayout
+from vllm_kvpca.preset.forks import one_thread
 from vllm_kvpca.preset.formats import DEFAULT, DEFAULT_WITH_KEY_BIAS, FORMATS, RECOMMENDED
 from vllm_kvpca.preset.schema import PresetConfig, TensorFormat
 
@@ -74,10 +75,11 @@ class Preset:
         tensor_format: TensorFormat = getattr(self.config, which)
         if tensor_format.basis == "identity":
             return None
-        if tensor_format.basis == "hadamard":
-            return hadamard_basis(head_dim).expand(len(heads), -1, -1).contiguous()
-        index = self.config.layers.index(layer) if self.config.layers is not None else layer
-        return self.bases[which][index][heads].contiguous()
+        with one_thread():
+            if tensor_format.basis == "hadamard":
+                return hadamard_basis(head_dim).expand(len(heads), -1, -1).contiguous()
+            index = self.config.layers.index(layer) if self.config.layers is not None else layer
+            return self.bases[which][index][heads].contiguous()
 
     def check_model(
         self,
@@ -258,7 +260,8 @@ def _load_folder(name: str, folder: Path) -> Preset:
     config = _load_config(name, folder / CONFIG_FILE)
     if not config.calibrated:
         return Preset(name, config)
-    return Preset(name, config, _load_bases(name, folder / BASIS_FILE, config))
+    with one_thread():
+        return Preset(name, config, _load_bases(name, folder / BASIS_FILE, config))
 
 
 def _load_config(name: str, path: Path) -> PresetConfig:
