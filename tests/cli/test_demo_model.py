@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -107,6 +108,17 @@ def test_a_failed_conversion_leaves_nothing(stand_in: Path, monkeypatch: pytest.
     with pytest.raises(KeyboardInterrupt):
         quiet_ensure()
     assert list((stand_in / "cache" / "demo-models").iterdir()) == []
+
+
+def test_a_tokenizer_that_reads_the_sample_otherwise_is_refused():
+    model = demo_model.MODELS[ModelName.gemma3]
+    right, wrong = (
+        lambda text, ids=ids: SimpleNamespace(input_ids=list(ids))
+        for ids in (model.sample_ids, model.sample_ids[:-1])
+    )
+    demo_model._check_tokenizer(right, model)
+    with pytest.raises(SetupError, match="pip install --upgrade transformers"):
+        demo_model._check_tokenizer(wrong, model)
 
 
 def test_missing_converters_name_the_extra():

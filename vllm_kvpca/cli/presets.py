@@ -100,7 +100,7 @@ def _update(records: Path, check: bool) -> None:
     from vllm_kvpca.evaluation.measured import files
     from vllm_kvpca.evaluation.record import load_all
 
-    texts = files(load_all(records, "quality"))
+    texts = files(load_all(records))
     stale = [path for path, text in texts.items() if not path.exists() or path.read_text() != text]
     if check and stale:
         raise OptionsError(

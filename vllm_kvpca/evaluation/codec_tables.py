@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from vllm_kvpca.evaluation.codec_study import best_rows
 from vllm_kvpca.evaluation.record import Record
 
 
@@ -16,6 +17,15 @@ def codec_rows(group: str) -> Callable[[Record], list[list[str]]]:
         return [_line(row) for row in results["rows"] if row["group"] == group]
 
     return rows
+
+
+def chosen_records(group: str, records: Sequence[Record]) -> list[Record]:
+    """Records with options of the group, each only with the rows for which it is the best."""
+    best = [
+        record.model_copy(update={"results": record.results | {"rows": best_rows(record, records)}})
+        for record in records
+    ]
+    return [record for record in best if codec_rows(group)(record)]
 
 
 def _line(row: dict[str, Any]) -> list[str]:

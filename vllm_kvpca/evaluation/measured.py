@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_kvpca.calibration.card import MEASURED_ROW
+from vllm_kvpca.evaluation.codec_study import all_rows, row_of
 from vllm_kvpca.evaluation.record import Record
 from vllm_kvpca.preset import list_shipped, load_preset
 from vllm_kvpca.preset.files import same_family, same_model, shipped_root
@@ -33,8 +34,27 @@ def files(records: Sequence[Record]) -> dict[Path, str]:
     for name, folder in list_shipped().items():
         if folder and (card := folder / "README.md").is_file():
             family = not load_preset(name).config.calibrated
-            texts[card] = _filled(card.read_text(), describe(found.get(name, []), family))
+            words = describe(found.get(name, []), family) + _strict(name, records)
+            texts[card] = _filled(card.read_text(), words)
     return texts
+
+
+def _strict(name: str, records: Sequence[Record]) -> str:
+    """What the codec study of a calibrated preset's model says about its format, in words."""
+    config = load_preset(name).config
+    if not config.calibrated or config.model is None:
+        return ""
+    studies = [
+        r for r in records if r.kind == "codec-study" and same_model(config.model.name, r.model)
+    ]
+    row = row_of(config.format, all_rows(studies))
+    if row is None:
+        return ""
+    low, high = row["perplexity_change_ci95"]
+    return (
+        f"; {row['perplexity_change']:+.2%} ({low:+.2%} to {high:+.2%}) by the strict measure, "
+        "where no token sees a raw one, its own included (codec study, a basis fitted the same way)"
+    )
 
 
 def _is_for(name: str, folder: Path | None, record: Record) -> bool:

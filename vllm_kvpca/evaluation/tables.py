@@ -18,7 +18,12 @@ from vllm_kvpca.errors import OptionsError
 from vllm_kvpca.evaluation import answer_tables as answers
 from vllm_kvpca.evaluation import operation_tables as operation
 from vllm_kvpca.evaluation.cells import stored, thresholds
-from vllm_kvpca.evaluation.codec_tables import CODEC_HEADS, CODEC_TABLES, codec_rows
+from vllm_kvpca.evaluation.codec_tables import (
+    CODEC_HEADS,
+    CODEC_TABLES,
+    chosen_records,
+    codec_rows,
+)
 from vllm_kvpca.evaluation.engine import STOCK
 from vllm_kvpca.evaluation.quality import put_beside
 from vllm_kvpca.evaluation.record import Record
@@ -57,7 +62,7 @@ def table(kind: str, records: Sequence[Record], model: str | None = None) -> str
     chosen = sorted((r for r in records if r.kind == of_kind), key=_order)
     chosen = [record for record in chosen if model in (None, record.model.rpartition("/")[2])]
     if kind in CODEC_TABLES:
-        chosen = [record for record in chosen if rows(record)]
+        chosen = chosen_records(CODEC_TABLES[kind], chosen)
     if kind == "quality-transformers":
         chosen = [put_beside(record, records) for record in chosen]
     if not chosen:

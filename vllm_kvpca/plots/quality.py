@@ -6,21 +6,15 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from vllm_kvpca.codec.bands import RAW_BITS
+from vllm_kvpca.evaluation.codec_study import all_rows, formats, row_of
 from vllm_kvpca.evaluation.record import Record
 from vllm_kvpca.plots.themes import Theme, legend_below, pyplot, style, title
-from vllm_kvpca.preset.formats import CALIBRATED_FORMATS, FORMATS
-from vllm_kvpca.preset.schema import TensorFormat
 
 _LINEAR = 0.1
 """Per cent: below this the axis of losses is linear, so that it can show zero and less."""
 
 _OFF = 5.0
 """Per cent: points that lose more would squeeze all others together."""
-
-
-_SIGNED = " signed"
-"""How the codec study spells the 4-bit codes of the product, which use all 16 levels."""
 
 
 class Point(NamedTuple):
@@ -44,9 +38,9 @@ def points(records: Sequence[Record]) -> list[Point]:
 
 def study_points(records: Sequence[Record]) -> list[Point]:
     """All options of one model's codec studies; formats of ours count as presets."""
-    rows: list[Any] = [row for record in records for row in _results(record)["rows"]]
+    rows = all_rows(records)
     stock = _results(records[-1])["perplexity_stock"]
-    ours = {id(row): name for name in _formats() if (row := _row_of(name, rows))}
+    ours = {id(row): name for name in formats() if (row := row_of(name, rows))}
     found = []
     for row in rows:
         group = "peers" if row["group"] == "peers" else "study"
@@ -54,36 +48,6 @@ def study_points(records: Sequence[Record]) -> list[Point]:
         results = {**row, "perplexity": stock * (1 + row["perplexity_change"])}
         found.append(_point(name, "preset" if id(row) in ours else group, row, results))
     return sorted(found, key=_along)
-
-
-def _row_of(name: str, rows: Sequence[Any]) -> Any:
-    """The row that does what a format does; one with 15 levels, if none has 16."""
-    wanted = _formats()[name]
-    k, v = (_spec(which, wanted) for which in "kv")
-    plain = [row for row in rows if not (row["first_tokens_raw"] or row["edge_layers_raw"])]
-    for keys in ((k, v), (k.removesuffix(_SIGNED), v.removesuffix(_SIGNED))):
-        if found := [row for row in plain if (row["k"], row["v"]) == keys]:
-            return found[-1]
-    return None
-
-
-def _formats() -> dict[str, Any]:
-    return {**FORMATS, **CALIBRATED_FORMATS}
-
-
-def _spec(which: str, wanted: Any) -> str:
-    """K's or V's format in the words of the codec study, e.g. "weighted+mix 1/4:8 3/4:4 signed"."""
-    tensor: TensorFormat = getattr(wanted, which)
-    if tensor.bands[0].bits == RAW_BITS:
-        return "raw"
-    basis: str = tensor.basis
-    if which == "k" and getattr(wanted, "query_weighted", False):
-        basis = "weighted"
-    if tensor.calibrated and wanted.mixed:
-        basis += "+mix"
-    bands = " ".join(f"{band.share}:{band.bits}" for band in tensor.bands)
-    signed = _SIGNED if any(band.bits == 4 for band in tensor.bands) else ""
-    return f"{basis} {bands}{signed}"
 
 
 def _results(record: Record) -> Any:
