@@ -115,13 +115,19 @@ def draw_frontier(records: Sequence[Record], theme: Theme) -> Any:
 def _name(axes: Any, chosen: Sequence[Point], theme: Theme) -> None:
     """Names in the colour of their group; points on top of each other share one name."""
     colours = {"peers": theme.cycle[1], "preset": theme.cycle[0]}
+    places = _together(chosen)
+    for point, names in places.items():
+        colour = colours[point.group]
+        _label(axes, point, ", ".join(names), point.loss, list(places), colour)
+
+
+def _together(chosen: Sequence[Point]) -> dict[Point, list[str]]:
+    """The names at each place: points on top of each other share one."""
     places: dict[Point, list[str]] = {}
     for point in chosen:
         same = (p for p in places if _close(p, point, 0.02, 1.15) and p.group == point.group)
         places.setdefault(next(same, point), []).append(point.name.removeprefix("vLLM "))
-    for point, names in places.items():
-        colour = colours[point.group]
-        _label(axes, point, ", ".join(names), point.loss, list(places), colour)
+    return places
 
 
 def _close(one: Point, other: Point, ratio: float, factor: float) -> bool:
@@ -133,11 +139,14 @@ def _close(one: Point, other: Point, ratio: float, factor: float) -> bool:
 def _label(
     axes: Any, point: Point, text: str, y: float, others: Sequence[Point], colour: str
 ) -> None:
-    """A name beside a point: below it if one close by is above, left if one is to the right."""
+    """A name beside a point: below it if one close by is above, left if one is to the right and
+    none to the left."""
     near = [o for o in others if _close(o, point, 0.35, 3)]
     below = any(o.loss > point.loss for o in near)
     beside = [o for o in near if _close(o, point, 0.35, 1.5)]
-    left = point.ratio > 1.5 and any(o.ratio > point.ratio + 0.02 for o in beside)
+    right = any(o.ratio > point.ratio + 0.02 for o in beside)
+    free = not any(0 < point.ratio - o.ratio < 0.6 and _close(o, point, 0.6, 2.5) for o in others)
+    left = point.ratio > 1.5 and right and free
     axes.annotate(
         text,
         (point.ratio, y),
@@ -189,15 +198,28 @@ def _one_model(axes: Any, found: Sequence[Point], theme: Theme) -> None:
     stock = found[0].perplexity / (1 + found[0].loss / 100)
     top = stock * (1 + 1.5 * max((p.loss for p in found if p.loss < _OFF), default=1) / 100)
     axes.axhline(stock, color=theme.ink, lw=1, ls="--")
-    axes.text(1.02, stock, f"stock: {stock:.3f}", va="bottom", fontsize=8.5, color=theme.ink)
-    for point in found:
-        off = point.loss >= _OFF
-        y = top - (top - stock) / 10 if off else point.perplexity
-        axes.scatter(point.ratio, y, 46, color=theme.cycle[0], marker="^" if off else "o", zorder=3)
-        text = f"{point.name}: {point.perplexity:.3f}"
-        _label(axes, point, text, y, found, theme.ink)
+    right = max(point.ratio for point in found) * 1.14
+    label = f"stock: {stock:.3f}"
+    axes.text(right, stock, label, va="bottom", ha="right", fontsize=8.5, color=theme.ink)
+    places = _together(found)
+    for place, names in places.items():
+        off = place.loss >= _OFF
+        y = top - (top - stock) / 10 if off else place.perplexity
+        axes.scatter(place.ratio, y, 46, color=theme.cycle[0], marker="^" if off else "o", zorder=3)
+        above = [o for o in places if place.loss < o.loss < _OFF]
+        below = any(abs(other.ratio - place.ratio) < 0.35 for other in above)
+        axes.annotate(
+            f"{', '.join(names)}: {place.perplexity:.3f}",
+            (place.ratio, y),
+            xytext=(0, -7 if below else 7),
+            textcoords="offset points",
+            ha="center",
+            va="top" if below else "bottom",
+            fontsize=8,
+            color=theme.ink,
+        )
     axes.set_ylim(stock - (top - stock) / 8, top)
-    axes.set_xlim(1, max(p.ratio for p in found) * 1.18)
+    axes.set_xlim(0.9, max(p.ratio for p in found) * 1.15)
     axes.set_xlabel("raw bytes / archived bytes of K and V, scales included")
     axes.set_ylabel("perplexity (triangle: above)")
     axes.ticklabel_format(axis="y", useOffset=False)

@@ -8,7 +8,7 @@ from typing import Any
 from vllm_kvpca.evaluation.record import Record
 from vllm_kvpca.plots.themes import Theme, legend_below, pyplot, style, title
 
-_SHOWN = ("k8v4", "fa3-fp8", "k8v8", "turboquant_k8v4", "turboquant_4bit_nc", "v-hadamard-mixed")
+_SHOWN = ("k8v4", "fa3-fp8", "k8v8", "turboquant_k8v4", "k5.5v5.5", "k4v4")
 """In the order of the theme's colours."""
 
 

@@ -8,6 +8,9 @@ from typing import Any
 from vllm_kvpca.evaluation.record import Record
 from vllm_kvpca.plots.themes import Theme, legend, pyplot, style, title
 
+_NOTHING = 1e-5
+"""Share of the energy below which a component is off the page: some models leave a few unused."""
+
 
 def draw_spread(records: Sequence[Record], theme: Theme) -> Any:
     """By layer: coding gain of the PCA basis and of the channels as they are, and the share of the
@@ -20,17 +23,18 @@ def draw_spread(records: Sequence[Record], theme: Theme) -> Any:
         layers = [row["layer"] for row in chosen]
         name = which.upper()
         gain = [row["coding_gain_db"] for row in chosen]
-        axes[0].plot(layers, gain, color=colour, lw=1.8, label=f"{name}, PCA basis")
+        axes[0].plot(layers, gain, marker=".", color=colour, lw=1.8, label=f"{name}, PCA basis")
         plain = [row["channel_gain_db"] for row in chosen]
         axes[0].plot(layers, plain, color=colour, lw=1.4, ls=":", label=f"{name}, channels")
         share = [100 * row["mean_share"] for row in chosen]
-        axes[1].plot(layers, share, color=colour, lw=1.8, label=name)
+        axes[1].plot(layers, share, marker=".", color=colour, lw=1.8, label=name)
         _spectrum(axes[2], [row["spectrum"] for row in chosen], colour, name)
     axes[0].set_ylim(0, 1.35 * axes[0].get_ylim()[1])  # room for the legend
     axes[0].set_ylabel("coding gain, dB (6 dB: one bit)")
     axes[1].set_ylabel("% of the energy")
     axes[1].set_ylim(0, 100)
     axes[2].set_yscale("log")
+    axes[2].set_ylim(bottom=max(_NOTHING, axes[2].get_ylim()[0]))
     axes[2].set_ylabel("share of the energy, even spread = 1")
     axes[2].set_xlabel("component, strongest first")
     title(axes[0], f"{record.model}: what a basis can gain", theme)
