@@ -25,12 +25,20 @@ class StoredCache(DynamicCache):
         config: the model's.
         preset: how K and V are stored.
         layers: indices of the layers that are stored so; the others stay as they are.
+        codecs: of layers, kept for further passes; filled as layers come by.
     """
 
-    def __init__(self, config: Any, preset: Preset, layers: Collection[int]) -> None:
+    def __init__(
+        self,
+        config: Any,
+        preset: Preset,
+        layers: Collection[int],
+        codecs: dict[int, LayerCodec],
+    ) -> None:
         super().__init__(config=config)
         self._preset = preset
         self._stored = set(layers)
+        self._codecs = codecs
 
     def update(
         self,
@@ -42,7 +50,9 @@ class StoredCache(DynamicCache):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if layer_idx not in self._stored:
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        codec = _codec(self._preset, layer_idx, key_states)
+        if layer_idx not in self._codecs:
+            self._codecs[layer_idx] = _codec(self._preset, layer_idx, key_states)
+        codec = self._codecs[layer_idx]
         return _kept(codec, key_states, "k"), _kept(codec, value_states, "v")
 
 
@@ -79,9 +89,10 @@ def target_logprobs(
         (windows, tokens - 1) float64.
     """
     found = []
+    codecs: dict[int, LayerCodec] = {}
     for window in windows:
         ids = torch.tensor([window], device=model.device)
-        cache = StoredCache(model.config, preset, layers) if preset else DynamicCache()
+        cache = StoredCache(model.config, preset, layers, codecs) if preset else DynamicCache()
         logits = model(input_ids=ids, past_key_values=cache, use_cache=True).logits[0, :-1]
         logprobs = logits.float().log_softmax(-1).gather(1, ids[0, 1:, None])
         found.append(logprobs[:, 0].double().cpu().numpy())
