@@ -23,7 +23,7 @@ from vllm.model_executor import parameter
 from vllm.model_executor.layers import linear
 
 from vllm_kvpca.errors import LayoutError, OptionsError, PresetMismatch, UnsupportedError
-from vllm_kvpca.preset import FORMATS, ModelShape, Preset, PresetConfig, files
+from vllm_kvpca.preset import FORMATS, ModelShape, Preset, PresetConfig, choose
 from vllm_kvpca.preset.formats import CALIBRATED_FORMATS
 from vllm_kvpca.serving import options as options_module
 from vllm_kvpca.serving.layers import local_kv_heads
@@ -66,7 +66,7 @@ def test_options_come_from_additional_config():
 )
 def test_auto_is_the_model_s_preset_or_one_for_any_model(monkeypatch, names, preset):
     shipped = ["k8v4", "org--Model-1B/v-mixed", "org--Model-1B/k5.5v5.5", "org--Model-2B/v-mixed"]
-    monkeypatch.setattr(files, "list_shipped", lambda: dict.fromkeys(shipped))
+    monkeypatch.setattr(choose, "list_shipped", lambda: dict.fromkeys(shipped))
     logged = []
     monkeypatch.setattr(options_module.logger, "info", lambda text, *args: logged.append(args))
     options = CompressionOptions.parse({"preset": "auto", "compress_after": 700})

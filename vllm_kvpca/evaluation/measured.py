@@ -10,8 +10,9 @@ from vllm_kvpca.calibration.card import MEASURED_ROW
 from vllm_kvpca.evaluation.codec_study import all_rows, row_of
 from vllm_kvpca.evaluation.record import Record
 from vllm_kvpca.preset import list_shipped, load_preset
-from vllm_kvpca.preset.files import same_family, same_model, shipped_root
+from vllm_kvpca.preset.files import shipped_root
 from vllm_kvpca.preset.measured import FILE, Measured, describe, to_json
+from vllm_kvpca.preset.names import same_family, same_model
 
 
 def measured(records: Sequence[Record]) -> dict[str, list[Measured]]:

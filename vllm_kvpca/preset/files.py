@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,7 +27,8 @@ from vllm_kvpca.codec.basis import (
 from vllm_kvpca.errors import PresetInvalid, PresetMismatch, PresetNotFound
 from vllm_kvpca.pages.layout import ArchiveLayout
 from vllm_kvpca.preset.forks import one_thread
-from vllm_kvpca.preset.formats import DEFAULT, DEFAULT_WITH_KEY_BIAS, FORMATS, RECOMMENDED
+from vllm_kvpca.preset.formats import FORMATS, RECOMMENDED
+from vllm_kvpca.preset.names import same_family, same_model
 from vllm_kvpca.preset.schema import PresetConfig, TensorFormat
 
 CONFIG_FILE = "config.json"
@@ -128,28 +127,6 @@ class Preset:
             )
 
 
-def same_model(expected: str, served: str) -> bool:
-    """Whether a served name or path means the model a preset was calibrated for.
-
-    Only the last part is compared, so that a local copy of a Hub model is accepted.
-    """
-
-    return _last(expected) == _last(served)
-
-
-def same_family(expected: str, served: str) -> bool:
-    """Whether a served name is a variant of a model: "Qwen2.5-7B-Instruct" of "Qwen2.5-7B".
-
-    For presets without calibration, which depend on the architecture and not on the weights.
-    """
-    pattern = rf"(^|[-_.]){re.escape(_last(expected))}($|[-_.])"
-    return re.search(pattern, _last(served)) is not None
-
-
-def _last(name: str) -> str:
-    return name.rstrip("/").replace("--", "/").rsplit("/", 1)[-1].lower()
-
-
 def shipped_root() -> Path:
     """Folder of the shipped presets: in the wheel, or `presets/` of a checkout."""
     package = Path(__file__).resolve().parent.parent
@@ -164,43 +141,6 @@ def list_shipped() -> dict[str, Path | None]:
     for config in sorted(root.glob(f"*/*/{CONFIG_FILE}")):
         names[config.parent.relative_to(root).as_posix()] = config.parent
     return names
-
-
-def choose_preset(
-    names: Sequence[str], shape: tuple[int, int, int] | None = None, key_bias: bool = False
-) -> tuple[str, str]:
-    """What the preset "auto" stands for.
-
-    Args:
-        names: under which the model is known: path, served names.
-        shape: layers, KV heads and head_dim of the model, None if not known.
-        key_bias: whether its K has a bias.
-
-    Returns:
-        The preset of the recommended format shipped for the model, else the one shipped for its
-        architecture, else a calibration-free default; and a sentence that says why.
-    """
-    shipped = list_shipped()
-    for name in shipped:
-        owner, _, format_name = name.partition("/")
-        if format_name == RECOMMENDED and any(same_model(owner, served) for served in names):
-            return name, "it is shipped for this model."
-    for name, folder in shipped.items():
-        if folder and any(same_family(name.partition("/")[0], served) for served in names):
-            config = _load_config(name, folder / CONFIG_FILE)
-            if not config.calibrated and shape in (None, _shape(config)):
-                return name, (
-                    "it is shipped for this architecture, not measured on it. " + config.description
-                )
-    why = f"no {RECOMMENDED} preset is shipped for this model, and it needs no calibration."
-    if key_bias:
-        return DEFAULT_WITH_KEY_BIAS, f"{why} K is rotated, because this model's K has a bias."
-    return DEFAULT, why
-
-
-def _shape(config: PresetConfig) -> tuple[int, int, int] | None:
-    model = config.model
-    return (model.num_layers, model.num_kv_heads, model.head_dim) if model else None
 
 
 def load_preset(name: str | os.PathLike[str]) -> Preset:
@@ -257,14 +197,15 @@ def _download(name: str, shipped: list[str]) -> Path:
 
 
 def _load_folder(name: str, folder: Path) -> Preset:
-    config = _load_config(name, folder / CONFIG_FILE)
+    config = load_config(name, folder / CONFIG_FILE)
     if not config.calibrated:
         return Preset(name, config)
     with one_thread():
         return Preset(name, config, _load_bases(name, folder / BASIS_FILE, config))
 
 
-def _load_config(name: str, path: Path) -> PresetConfig:
+def load_config(name: str, path: Path) -> PresetConfig:
+    """config.json, checked; `name` is what the user asked for, for messages."""
     if not path.is_file():
         raise PresetNotFound(f"preset {name!r} has no {CONFIG_FILE} (looked for {path}).")
     if path.stat().st_size > MAX_CONFIG_BYTES:

@@ -121,7 +121,7 @@ CALIBRATED_FORMATS: dict[str, CalibratedFormat] = {
 """Formats that `vllm-kvpca calibrate` turns into presets, by name."""
 
 AUTO = "auto"
-"""In place of a preset's name; see files.choose_preset."""
+"""In place of a preset's name; see choose.choose_preset."""
 RECOMMENDED = "k5.5v5.5"
 DEFAULT = "k8v4"
 DEFAULT_WITH_KEY_BIAS = "kh8v4"

@@ -16,7 +16,8 @@ from vllm_kvpca.codec.bands import RAW_BITS
 from vllm_kvpca.codec.policy import DEFAULT_COMPRESS_AFTER, DEFAULT_KEEP_RECENT, Policy
 from vllm_kvpca.errors import OptionsError, UnsupportedError
 from vllm_kvpca.preset import Preset, load_preset
-from vllm_kvpca.preset.files import choose_preset, list_shipped
+from vllm_kvpca.preset.choose import choose_preset
+from vllm_kvpca.preset.files import list_shipped
 from vllm_kvpca.preset.formats import AUTO, DEFAULT_WITH_KEY_BIAS
 from vllm_kvpca.serving.log import logger
 
