@@ -26,6 +26,20 @@ PARTED = {
     "gap_median_nats": 0.02,
     "dtype": "float16",
 }
+ROW = {
+    "name": "k8v4",
+    "k": "identity 1:8",
+    "v": "hadamard 1:4",
+    "first_tokens_raw": 4,
+    "edge_layers_raw": 0,
+    "bits_per_element": 6.25,
+    "total_ratio": 2.56,
+    "v_ratio": 3.76,
+    "perplexity_change": 0.0112,
+    "perplexity_change_ci95": [0.0087, 0.014],
+    "kl_mean_nats": 0.01046,
+    "top1_agreement": 0.951,
+}
 PAGE = "# Title\n\n<!-- table:capacity -->\nold\n<!-- /table -->\n\nafter\n"
 
 
@@ -110,21 +124,7 @@ def test_every_row_has_as_many_cells_as_the_head(make):
 
 
 def test_the_codec_study_has_a_table_for_each_group(make):
-    row = {
-        "name": "k8v4",
-        "k": "identity 1:8",
-        "v": "hadamard 1:4",
-        "first_tokens_raw": 4,
-        "edge_layers_raw": 0,
-        "bits_per_element": 6.25,
-        "total_ratio": 2.56,
-        "v_ratio": 3.76,
-        "perplexity_change": 0.0112,
-        "perplexity_change_ci95": [0.0087, 0.014],
-        "kl_mean_nats": 0.01046,
-        "top1_agreement": 0.951,
-    }
-    rows = [row | {"group": "together"}, row | {"group": "peers", "name": "fp8", "k": "raw"}]
+    rows = [ROW | {"group": "together"}, ROW | {"group": "peers", "name": "fp8", "k": "raw"}]
     records = [make(kind="codec-study", results={"rows": rows})]
     together, peers = table("codec-together", records), table("codec-peers", records)
     assert "| k8v4 | `identity 1:8` | `hadamard 1:4` | first 4 tokens | 6.25 | 2.56x (3.76x)" in (
@@ -135,6 +135,17 @@ def test_the_codec_study_has_a_table_for_each_group(make):
         assert len({x.count("|") for x in text.splitlines() if x.startswith("|")}) == 1
     with pytest.raises(OptionsError, match=r"python benchmarks/codec_study\.py"):
         table("codec-signed", records)
+
+
+def test_an_option_measured_twice_is_shown_with_more_tokens(make):
+    short = [ROW | {"group": "peers", "name": name, "kl_mean_nats": 0.1} for name in ("a", "b")]
+    long = [ROW | {"group": "peers", "name": "a", "kl_mean_nats": 0.2}]
+    records = [
+        make(kind="codec-study", slug=slug, results={"rows": rows}, predicted_tokens=tokens)
+        for slug, rows, tokens in (("1", short, 10), ("2", long, 40))
+    ]
+    lines = [x for x in table("codec-peers", records).splitlines() if x.startswith(("| a", "| b"))]
+    assert sorted((x[2], "0.20000" in x) for x in lines) == [("a", True), ("b", False)]
 
 
 def test_unknown_table_and_missing_record_are_refused(make):
