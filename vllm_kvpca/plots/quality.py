@@ -31,7 +31,7 @@ class Point(NamedTuple):
 
 def points(records: Sequence[Record]) -> list[Point]:
     """All formats, with every token archived that can be: presets through the engine."""
-    chosen = [r for r in records if r.kind == "quality" and _hardest(r)]
+    chosen = _hardest([r for r in records if r.kind == "quality"])
     found = [_point(_settings(r)["preset"], "preset", r.settings, r.results) for r in chosen]
     return sorted(found, key=_along)
 
@@ -62,9 +62,10 @@ def _settings(record: Record) -> Any:
     return record.settings
 
 
-def _hardest(record: Record) -> bool:
-    """Every token archived, in the dtype that rounds least."""
-    return record.settings["compress_after"] == 0 and record.results["dtype"] == "float16"
+def _hardest(records: Sequence[Record]) -> list[Record]:
+    """Those with every token archived, in the dtype that rounds least if there are any."""
+    archived = [record for record in records if record.settings["compress_after"] == 0]
+    return [record for record in archived if record.results["dtype"] == "float16"] or archived
 
 
 def _point(name: str, group: str, about: Any, results: Any) -> Point:
@@ -187,10 +188,9 @@ def same_text(records: Sequence[Record]) -> list[Record]:
     """The largest set of records that read the same tokens: perplexities of different texts do
     not compare."""
     by_text: dict[Any, list[Record]] = {}
-    for record in records:
-        if _hardest(record):
-            names = tuple(text.sha256 for text in record.texts)
-            by_text.setdefault((names, record.results["predicted_tokens"]), []).append(record)
+    for record in _hardest(records):
+        names = tuple(text.sha256 for text in record.texts)
+        by_text.setdefault((names, record.results["predicted_tokens"]), []).append(record)
     return max(by_text.values(), key=lambda chosen: (len(chosen), chosen[0].date))
 
 
