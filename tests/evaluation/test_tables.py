@@ -137,6 +137,24 @@ def test_the_codec_study_has_a_table_for_each_group(make):
         table("codec-signed", records)
 
 
+def test_tune_says_what_was_chosen_among_what(make):
+    formats = {
+        name: {
+            "total_ratio": ratio,
+            "v_ratio": 2.0,
+            "perplexity_change": 0.01,
+            "perplexity_change_ci95": [0.0, 0.02],
+        }
+        for name, ratio in (("b", 3.0), ("a", 2.5))
+    }
+    text = table("tune", [make(kind="tune", results={"chosen": "b", "formats": formats})])
+    rows = [x for x in text.splitlines() if x.startswith("| `")]
+    assert rows == [
+        "| `a` | 2.50x (2.00x) | +1.00% (+0.00% to +2.00%) |  |",
+        "| `b` | 3.00x (2.00x) | +1.00% (+0.00% to +2.00%) | chosen |",
+    ]
+
+
 def test_an_option_measured_twice_is_shown_with_more_tokens(make):
     short = [ROW | {"group": "peers", "name": name, "kl_mean_nats": 0.1} for name in ("a", "b")]
     long = [ROW | {"group": "peers", "name": "a", "kl_mean_nats": 0.2}]

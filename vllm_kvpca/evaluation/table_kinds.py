@@ -123,6 +123,23 @@ def _calibration(record: Record) -> list[list[str]]:
     return lines
 
 
+def _tune(record: Record) -> list[list[str]]:
+    """A line for each format that was measured, lowest ratio first."""
+    results: Any = record.results
+    rows = []
+    for name, one in sorted(results["formats"].items(), key=lambda item: item[1]["total_ratio"]):
+        low, high = one["perplexity_change_ci95"]
+        rows.append(
+            [
+                f"`{name}`",
+                f"{one['total_ratio']:.2f}x ({one['v_ratio']:.2f}x)",
+                f"{one['perplexity_change']:+.2%} ({low:+.2%} to {high:+.2%})",
+                "chosen" if name == results["chosen"] else "",
+            ]
+        )
+    return rows
+
+
 def _one(row: Callable[[Record], list[str]]) -> Rows:
     return lambda record: [row(record)]
 
@@ -196,6 +213,15 @@ TABLES: dict[str, tuple[Heads, Rows]] = {
             "energy that is the same for every token",
         ],
         _calibration,
+    ),
+    "tune": (
+        [
+            "format",
+            "raw / archived bytes of K and V (of V alone)",
+            "perplexity change, every token stored (95 % interval)",
+            "",
+        ],
+        _tune,
     ),
     "key-bias": (_key_bias_heads, _key_bias),
     "quality": (

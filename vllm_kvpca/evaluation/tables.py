@@ -82,7 +82,11 @@ def _command(kind: str) -> str:
     scripts |= dict.fromkeys(CODEC_TABLES, "codec_study")
     if kind in scripts:
         return f"python benchmarks/{scripts[kind]}.py"
-    others = {"calibration": "vllm-kvpca calibrate", "key-bias": "python benchmarks/key_bias.py"}
+    others = {
+        "calibration": "vllm-kvpca calibrate",
+        "tune": "vllm-kvpca tune",
+        "key-bias": "python benchmarks/key_bias.py",
+    }
     if kind in others:
         return others[kind]
     return f"vllm-kvpca {'bench' if kind in _BENCHES else 'evaluate'} {kind}"
