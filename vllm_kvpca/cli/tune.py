@@ -168,14 +168,12 @@ def _measured(
 def _save(output: Path, tuner: Tuner, chosen: Preset, source: Any, measured_on: int) -> None:
     from vllm_kvpca.calibration.card import write_card
     from vllm_kvpca.calibration.fit import band_energy
+    from vllm_kvpca.evaluation.cells import change
     from vllm_kvpca.preset import save_preset
 
-    result = tuner.results[chosen.name]
-    low, high = result["perplexity_change_ci95"]
     measured = (
-        f"{result['perplexity_change']:+.2%} ({low:+.2%} to {high:+.2%}) with every token stored, "
-        f"its own included (`vllm-kvpca tune`, {measured_on:,} tokens that were not fitted on, "
-        f"of the same files)"
+        f"{change(tuner.results[chosen.name])} with every token stored, its own included "
+        f"(`vllm-kvpca tune`, {measured_on:,} tokens that were not fitted on, of the same files)"
     )
     if not chosen.config.calibrated:
         card = (

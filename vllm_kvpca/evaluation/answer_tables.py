@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm_kvpca.evaluation.cells import stored, thresholds
+from vllm_kvpca.evaluation.cells import change, stored, thresholds
 from vllm_kvpca.evaluation.record import Record
 
 STORED = ["preset", "raw / archived bytes of K and V (of V alone)"]
@@ -86,14 +86,13 @@ def divergence(record: Record) -> list[list[str]]:
 
 def transformers(record: Record) -> list[list[str]]:
     results: Any = record.results
-    low, high = results["perplexity_change_ci95"]
     engine = results["engine"] or {"dtype": "not measured"}
     return [
         [
             *stored(record),
             thresholds(record),
             f"{results['dtype']} / {engine['dtype']}",
-            f"{results['perplexity_change']:+.2%} ({low:+.2%} to {high:+.2%})",
+            change(results),
             f"{engine['perplexity_change']:+.2%}" if results["engine"] else "",
             f"{results['kl_mean_nats']:.5f}",
             f"{results['kl_lower_bound_mean_nats']:.5f}",

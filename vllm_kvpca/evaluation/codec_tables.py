@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from vllm_kvpca.evaluation.cells import change, ratios
 from vllm_kvpca.evaluation.codec_study import best_rows
 from vllm_kvpca.evaluation.record import Record
 
@@ -29,7 +30,6 @@ def chosen_records(group: str, records: Sequence[Record]) -> list[Record]:
 
 
 def _line(row: dict[str, Any]) -> list[str]:
-    low, high = row["perplexity_change_ci95"]
     left = [f"first {row['first_tokens_raw']} tokens"] if row["first_tokens_raw"] else []
     left += [f"{row['edge_layers_raw']} layers at each end"] if row["edge_layers_raw"] else []
     return [
@@ -37,8 +37,8 @@ def _line(row: dict[str, Any]) -> list[str]:
         *(f"`{row[which]}`" if row[which] != "raw" else "raw" for which in "kv"),
         ", ".join(left) or "-",
         f"{row['bits_per_element']:.2f}",
-        f"{row['total_ratio']:.2f}x ({row['v_ratio']:.2f}x)",
-        f"{row['perplexity_change']:+.2%} ({low:+.2%} to {high:+.2%})",
+        ratios(row),
+        change(row),
         f"{row['kl_mean_nats']:.5f}",
         f"{row['top1_agreement']:.2%}",
     ]

@@ -19,10 +19,11 @@ import torch
 
 from vllm_kvpca.calibration.collect import AttentionShape
 from vllm_kvpca.codec.policy import Policy
-from vllm_kvpca.evaluation.random_preset import is_calibrated_format, random_preset
+from vllm_kvpca.evaluation.random_preset import random_preset
 from vllm_kvpca.pages.layout import raw_token_bytes
 from vllm_kvpca.pages.plan import plan_pages
 from vllm_kvpca.preset import Preset, load_preset
+from vllm_kvpca.preset.formats import CALIBRATED_FORMATS
 
 Call = Callable[[int], Any]
 """Attention over one set of blocks, by its index."""
@@ -315,7 +316,7 @@ def _ours(shape: Shape, name: str) -> tuple[Call, int, float]:
 
 def _preset(name: str, shape: Shape) -> Preset:
     """A preset; a calibrated format by its name has random bases."""
-    if is_calibrated_format(name):
+    if name in CALIBRATED_FORMATS:
         heads = AttentionShape(1, shape.kv_heads, shape.head_dim, (0,))
         return random_preset(name, "one layer", heads)
     return load_preset(name)

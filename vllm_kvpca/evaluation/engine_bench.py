@@ -23,9 +23,10 @@ from vllm_kvpca.evaluation import engine
 from vllm_kvpca.evaluation.engine import STOCK, EngineSettings
 from vllm_kvpca.evaluation.load import random_prompts
 from vllm_kvpca.evaluation.presets import attention_shape
-from vllm_kvpca.evaluation.random_preset import CARD, is_calibrated_format, random_preset
+from vllm_kvpca.evaluation.random_preset import CARD, random_preset
 from vllm_kvpca.evaluation.record import model_name
 from vllm_kvpca.preset import save_preset
+from vllm_kvpca.preset.formats import CALIBRATED_FORMATS
 
 STOCK_FP8 = "stock-fp8"
 """In place of a preset: vLLM without compression, K and V in fp8."""
@@ -242,7 +243,7 @@ def _settings(settings: EngineSettings, name: str, folder: Path) -> EngineSettin
     """Settings of one engine; presets with random bases are written into `folder`."""
     if name == STOCK_FP8:
         return settings.model_copy(update={"preset": STOCK, "kv_cache_dtype": "fp8"})
-    if not is_calibrated_format(name):
+    if name not in CALIBRATED_FORMATS:
         return settings.model_copy(update={"preset": name})
     preset = random_preset(name, model_name(settings.model), attention_shape(settings.model))
     save_preset(folder / name, preset.config, preset.bases, CARD.format(name=name))

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from vllm_kvpca.calibration.card import MEASURED_ROW
+from vllm_kvpca.evaluation.cells import change
 from vllm_kvpca.evaluation.codec_study import all_rows, row_of
 from vllm_kvpca.evaluation.record import Record
 from vllm_kvpca.preset import list_shipped, load_preset
 from vllm_kvpca.preset.files import shipped_root
 from vllm_kvpca.preset.measured import FILE, Measured, describe, to_json
 from vllm_kvpca.preset.names import same_family, same_model
+from vllm_kvpca.preset.schema import PresetConfig
 
 
 def measured(records: Sequence[Record]) -> dict[str, list[Measured]]:
@@ -34,15 +36,14 @@ def files(records: Sequence[Record]) -> dict[Path, str]:
     texts = {shipped_root() / FILE: to_json(found)}
     for name, folder in list_shipped().items():
         if folder and (card := folder / "README.md").is_file():
-            family = not load_preset(name).config.calibrated
-            words = describe(found.get(name, []), family) + _strict(name, records)
+            config = load_preset(name).config
+            words = describe(found.get(name, []), not config.calibrated) + _strict(config, records)
             texts[card] = _filled(card.read_text(), words)
     return texts
 
 
-def _strict(name: str, records: Sequence[Record]) -> str:
+def _strict(config: PresetConfig, records: Sequence[Record]) -> str:
     """What the codec study of a calibrated preset's model says about its format, in words."""
-    config = load_preset(name).config
     if not config.calibrated or config.model is None:
         return ""
     studies = [
@@ -51,10 +52,9 @@ def _strict(name: str, records: Sequence[Record]) -> str:
     row = row_of(config.format, all_rows(studies))
     if row is None:
         return ""
-    low, high = row["perplexity_change_ci95"]
     return (
-        f"; {row['perplexity_change']:+.2%} ({low:+.2%} to {high:+.2%}) by the strict measure, "
-        "where no token sees a raw one, its own included (codec study, a basis fitted the same way)"
+        f"; {change(row)} by the strict measure, where no token sees a raw one, its own included "
+        "(codec study, a basis fitted the same way)"
     )
 
 

@@ -35,16 +35,22 @@ def facts(preset: str, model: str) -> dict[str, Any]:
 
 
 def head_dim(model: str) -> int:
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(model).get_text_config()
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return _head_dim(_config(model))
 
 
 def attention_shape(model: str) -> AttentionShape:
     """Layers and heads by the configuration alone, for models of full attention only."""
+    config = _config(model)
+    layers = config.num_hidden_layers
+    heads = config.num_key_value_heads
+    return AttentionShape(layers, heads, _head_dim(config), tuple(range(layers)))
+
+
+def _config(model: str) -> Any:
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(model).get_text_config()
-    layers = config.num_hidden_layers
-    return AttentionShape(layers, config.num_key_value_heads, head_dim(model), tuple(range(layers)))
+    return AutoConfig.from_pretrained(model).get_text_config()
+
+
+def _head_dim(config: Any) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

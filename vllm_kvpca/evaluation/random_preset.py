@@ -8,13 +8,8 @@ import torch
 from vllm_kvpca.calibration.collect import AttentionShape
 from vllm_kvpca.calibration.fit import preset_config
 from vllm_kvpca.preset import Preset
-from vllm_kvpca.preset.formats import CALIBRATED_FORMATS
 
 CARD = "# {name}\n\nBases are random: for measuring speed and capacity, of no use to a model.\n"
-
-
-def is_calibrated_format(name: str) -> bool:
-    return name in CALIBRATED_FORMATS
 
 
 def random_preset(format: str, model: str, shape: AttentionShape, seed: int = 0) -> Preset:

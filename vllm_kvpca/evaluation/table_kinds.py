@@ -7,7 +7,7 @@ from typing import Any
 
 from vllm_kvpca.evaluation import answer_tables as answers
 from vllm_kvpca.evaluation import operation_tables as operation
-from vllm_kvpca.evaluation.cells import stored, thresholds
+from vllm_kvpca.evaluation.cells import change, ratios, stored, thresholds
 from vllm_kvpca.evaluation.codec_tables import CODEC_HEADS, CODEC_TABLES, codec_rows
 from vllm_kvpca.evaluation.engine import STOCK
 from vllm_kvpca.evaluation.record import Record
@@ -17,13 +17,12 @@ Rows = Callable[[Record], list[list[str]]]
 
 def _quality(record: Record) -> list[str]:
     results: Any = record.results
-    low, high = results["perplexity_change_ci95"]
     return [
         *stored(record),
         thresholds(record),
         results["dtype"],
         f"{results['archived_share_of_attended_keys']:.0%}",
-        f"{results['perplexity_change']:+.2%} ({low:+.2%} to {high:+.2%})",
+        change(results),
         f"{results['kl_lower_bound_mean_nats']:.5f}",
         f"{results['top1_agreement']:.2%}",
         f"{results['predicted_tokens']:,}",
@@ -89,21 +88,12 @@ def _metrics_overhead(record: Record) -> list[str]:
 
 
 def _key_bias_heads(record: Record) -> list[str]:
-    return ["K in 8 bits per token", *(f"bias: {name}" for name in _biases(record))]
-
-
-def _biases(record: Record) -> list[str]:
-    results: Any = record.results
-    return list(dict.fromkeys(row["bias"] for row in results["rows"]))
+    return ["K in 8 bits per token", *(f"bias: {name}" for name in _distinct(record, "bias"))]
 
 
 def _key_bias(record: Record) -> list[list[str]]:
     """A line for each way to store K: KL divergence of the attention weights, nats."""
-    results: Any = record.results
-    lines: dict[str, list[str]] = {}
-    for row in results["rows"]:
-        lines.setdefault(row["stored"], []).append(f"{row['kl_nats']:.4f}")
-    return [[name, *cells] for name, cells in lines.items()]
+    return _lines(record, "stored", lambda row: f"{row['kl_nats']:.4f}")
 
 
 def _calibration(record: Record) -> list[list[str]]:
@@ -126,18 +116,26 @@ def _calibration(record: Record) -> list[list[str]]:
 def _tune(record: Record) -> list[list[str]]:
     """A line for each format that was measured, lowest ratio first."""
     results: Any = record.results
-    rows = []
-    for name, one in sorted(results["formats"].items(), key=lambda item: item[1]["total_ratio"]):
-        low, high = one["perplexity_change_ci95"]
-        rows.append(
-            [
-                f"`{name}`",
-                f"{one['total_ratio']:.2f}x ({one['v_ratio']:.2f}x)",
-                f"{one['perplexity_change']:+.2%} ({low:+.2%} to {high:+.2%})",
-                "chosen" if name == results["chosen"] else "",
-            ]
-        )
-    return rows
+    formats = sorted(results["formats"].items(), key=lambda item: item[1]["total_ratio"])
+    return [
+        [f"`{name}`", ratios(one), change(one), "chosen" if name == results["chosen"] else ""]
+        for name, one in formats
+    ]
+
+
+def _distinct(record: Record, key: str) -> list[str]:
+    """What a record's rows have under a key, each once: the columns of its table."""
+    results: Any = record.results
+    return list(dict.fromkeys(row[key] for row in results["rows"]))
+
+
+def _lines(record: Record, key: str, cell: Callable[[Any], str]) -> list[list[str]]:
+    """A line for each value of a key: the value, then a cell for each row that has it."""
+    results: Any = record.results
+    lines: dict[str, list[str]] = {}
+    for row in results["rows"]:
+        lines.setdefault(row[key], []).append(cell(row))
+    return [[name, *cells] for name, cells in lines.items()]
 
 
 def _one(row: Callable[[Record], list[str]]) -> Rows:
@@ -145,23 +143,17 @@ def _one(row: Callable[[Record], list[str]]) -> Rows:
 
 
 def _kernel_heads(record: Record) -> list[str]:
-    return ["kernel", *(shape.replace("x", " x ") for shape in _shapes(record))]
-
-
-def _shapes(record: Record) -> list[str]:
-    results: Any = record.results
-    return list(dict.fromkeys(row["shape"] for row in results["rows"]))
+    return ["kernel", *(shape.replace("x", " x ") for shape in _distinct(record, "shape"))]
 
 
 def _kernels(record: Record) -> list[list[str]]:
     """A line for each kernel; microseconds and speed against FlashAttention-3 in bf16."""
-    results: Any = record.results
-    lines: dict[str, list[str]] = {}
-    for row in results["rows"]:
+
+    def cell(row: dict[str, Any]) -> str:
         speed = row["against_fa3_bf16"]
-        cell = f"{row['microseconds']:,.0f} us" + ("" if speed is None else f" ({speed:.2f}x)")
-        lines.setdefault(row["contender"], []).append(cell)
-    return [[f"`{name}`", *cells] for name, cells in lines.items()]
+        return f"{row['microseconds']:,.0f} us" + ("" if speed is None else f" ({speed:.2f}x)")
+
+    return [[f"`{name}`", *cells] for name, *cells in _lines(record, "contender", cell)]
 
 
 def _engine(record: Record) -> list[list[str]]:

@@ -118,8 +118,7 @@ def _name(axes: Any, chosen: Sequence[Point], theme: Theme) -> None:
     colours = {"peers": theme.cycle[1], "preset": theme.cycle[0]}
     places = _together(chosen)
     for point, names in places.items():
-        colour = colours[point.group]
-        _label(axes, point, ", ".join(names), point.loss, list(places), colour)
+        _label(axes, point, ", ".join(names), list(places), colours[point.group])
 
 
 def _together(chosen: Sequence[Point]) -> dict[Point, list[str]]:
@@ -137,9 +136,7 @@ def _close(one: Point, other: Point, ratio: float, factor: float) -> bool:
     return abs(one.ratio - other.ratio) < ratio and high <= factor * low + 0.1 * (factor - 1)
 
 
-def _label(
-    axes: Any, point: Point, text: str, y: float, others: Sequence[Point], colour: str
-) -> None:
+def _label(axes: Any, point: Point, text: str, others: Sequence[Point], colour: str) -> None:
     """A name beside a point: below it if one close by is above, left if one is to the right and
     none to the left."""
     near = [o for o in others if _close(o, point, 0.35, 3)]
@@ -150,7 +147,7 @@ def _label(
     left = point.ratio > 1.5 and right and free
     axes.annotate(
         text,
-        (point.ratio, y),
+        (point.ratio, point.loss),
         xytext=(-6 if left else 6, -5 if below else 5),
         textcoords="offset points",
         ha="right" if left else "left",
