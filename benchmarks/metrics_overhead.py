@@ -62,8 +62,8 @@ def main(sequences: int, layers: int | None) -> None:
 
     from vllm_kvpca.cli.demo_model import ModelName, ensure
     from vllm_kvpca.evaluation.record import make_record
-    from vllm_kvpca.serving import cache_stats
-    from vllm_kvpca.serving.stat_logger import KvpcaStatLogger
+    from vllm_kvpca.serving.observe import stats as cache_stats
+    from vllm_kvpca.serving.observe.stat_logger import KvpcaStatLogger
 
     counting: list[float] = []
     publishing: list[float] = []

@@ -13,14 +13,14 @@ import importlib.util
 import pytest
 import torch
 
-KERNELS = ("starts", "store", "archive", "gather", "decode")
+KERNELS = ("starts.kernel", "store.kernel", "archive.kernel", "expand.kernel", "attend.decode")
 
 
 def import_interpreted() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
         for name in KERNELS:
-            module = f"vllm_kvpca.kernels.{name}"
+            module = f"vllm_kvpca.ops.{name}"
             if importlib.util.find_spec(module):
                 importlib.import_module(module)
 

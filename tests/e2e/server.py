@@ -21,7 +21,7 @@ from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 
 from vllm_kvpca.cli.demo_model import ModelName, ensure
-from vllm_kvpca.codec.policy import Policy
+from vllm_kvpca.pages.boundary import Policy
 
 NAME = "smol"
 API_KEY = "a key of the tests"

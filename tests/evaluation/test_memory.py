@@ -6,10 +6,10 @@ import pytest
 from typer.testing import CliRunner
 
 from vllm_kvpca.cli.main import app
-from vllm_kvpca.codec.policy import Policy
 from vllm_kvpca.evaluation.memory import format_layout, measure
 from vllm_kvpca.evaluation.record import load_all
-from vllm_kvpca.pages.plan import held_blocks
+from vllm_kvpca.pages.block_sizes import held_blocks
+from vllm_kvpca.pages.boundary import Policy
 
 ROOT = Path(__file__).parents[2] / "benchmarks"
 QWEN = str(ROOT / "models" / "Qwen2.5-7B-shaped")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from vllm_kvpca.codec.policy import Policy
 from vllm_kvpca.errors import OptionsError
 from vllm_kvpca.evaluation import needle
 from vllm_kvpca.evaluation.needle import Prompt, Question
+from vllm_kvpca.pages.boundary import Policy
 
 DEPTHS = [1.0, 0.0, 0.5]
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from vllm_kvpca.codec.policy import Policy
 from vllm_kvpca.errors import OptionsError
 from vllm_kvpca.evaluation import needle, reading, through_transformers
+from vllm_kvpca.pages.boundary import Policy
 
 CHUNK = 16
 SETTINGS = {"dtype": "float32"}

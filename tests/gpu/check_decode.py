@@ -1,6 +1,6 @@
 """Check and time the decode kernel on a GPU: python tests/gpu/check_decode.py [STEP[:FORMAT]] ...
 
-Not collected by pytest: needs a GPU. `check` compares with kernels.reference over formats,
+Not collected by pytest: needs a GPU. `check` compares with ops.reference over formats,
 shapes and dtypes; `sweep` times tunings; `time` times the shapes of docs/performance.md.
 Times are medians of CUDA graph replays that walk over copies of the cache larger than L2.
 """
@@ -19,8 +19,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from vllm_kvpca.codec.bands import RAW_BITS, resolve_bands
-from vllm_kvpca.kernels import merge, reference
-from vllm_kvpca.kernels.decode import (
+from vllm_kvpca.ops import merge, reference
+from vllm_kvpca.ops.attend.decode import (
     DecodeWorkspace,
     Tuning,
     decode,
@@ -28,8 +28,8 @@ from vllm_kvpca.kernels.decode import (
     make_workspace,
     plan_decode,
 )
-from vllm_kvpca.kernels.layer_codec import LayerCodec
-from vllm_kvpca.kernels.overlap import LEAST_CAPABILITY
+from vllm_kvpca.ops.dependent_launch import LEAST_CAPABILITY
+from vllm_kvpca.ops.layer_codec import LayerCodec
 from vllm_kvpca.pages.layout import ArchiveLayout
 
 FORMATS = {
@@ -145,7 +145,7 @@ def make_case(name, dim, group, starts, recents, dtype, kv_heads=2, block=80, ra
 
 
 def expected(case: Case) -> torch.Tensor:
-    """(batch, heads, head_dim) float32 by kernels.reference, one sequence at a time."""
+    """(batch, heads, head_dim) float32 by ops.reference, one sequence at a time."""
     query, key, value, recent, pages, r_table, a_table, lengths = case.args
     kv_heads, result = key.shape[1], []
     raw_block, block = recent.shape[2], case.codec.layout.block_size

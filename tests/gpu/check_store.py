@@ -3,7 +3,7 @@
     python tests/gpu/check_store.py            # both; the table of times comes last
     python tests/gpu/check_store.py --no-times
 
-Needs torch and triton only. Every case is compared with kernels.reference on the same
+Needs torch and triton only. Every case is compared with ops.reference on the same
 device. Times are CUDA graphs' (no launch overhead in them) for the heads of Qwen2.5-7B
 (4 KV heads, head_dim 128); GB/s count the bytes that must be read and written once.
 """
@@ -21,7 +21,7 @@ import torch
 import triton
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "kernels")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "ops")]
 
 from kernel_cases import (  # noqa: E402
     FORMATS,
@@ -37,14 +37,14 @@ from kernel_cases import (  # noqa: E402
     strided_cache,
 )
 
-from vllm_kvpca.codec.policy import Policy  # noqa: E402
-from vllm_kvpca.kernels import reference  # noqa: E402
-from vllm_kvpca.kernels.archive import archive  # noqa: E402
-from vllm_kvpca.kernels.gather import gather  # noqa: E402
-from vllm_kvpca.kernels.layer_codec import LayerCodec  # noqa: E402
-from vllm_kvpca.kernels.starts import list_busy  # noqa: E402
-from vllm_kvpca.kernels.starts import starts as find_starts  # noqa: E402
-from vllm_kvpca.kernels.store import store as store_raw  # noqa: E402
+from vllm_kvpca.ops import reference  # noqa: E402
+from vllm_kvpca.ops.archive.kernel import archive  # noqa: E402
+from vllm_kvpca.ops.expand.kernel import gather  # noqa: E402
+from vllm_kvpca.ops.layer_codec import LayerCodec  # noqa: E402
+from vllm_kvpca.ops.starts.kernel import list_busy  # noqa: E402
+from vllm_kvpca.ops.starts.kernel import starts as find_starts  # noqa: E402
+from vllm_kvpca.ops.store.kernel import store as store_raw  # noqa: E402
+from vllm_kvpca.pages.boundary import Policy  # noqa: E402
 
 DEVICE = "cuda"
 RAW_BLOCK, BLOCK = 32, 80
@@ -103,7 +103,7 @@ def check_store(tokens: int, heads: int, head_dim: int, dtype: torch.dtype) -> N
 
 
 def check_starts(nulls: int) -> None:
-    """Boundary, prefix hits and padding rows; kernels.starts has the definition."""
+    """Boundary, prefix hits and padding rows; ops.starts.kernel has the definition."""
     policy = Policy(300, 40, 96)
     sequences = [(0, 0, 0), (300, 1, 0), (301, 1, 0), (100, 9, 0), (9000, 70, 0), (0, 64, 0)]
     query_start, lengths, _ = step_tensors(sequences, DEVICE)

@@ -10,7 +10,7 @@ root=$(cd "$(dirname "$0")/../.." && pwd)
 info=$site/vllm_kvpca-0.0.0.dist-info
 mkdir -p "$info"
 printf 'Metadata-Version: 2.1\nName: vllm-kvpca\nVersion: 0.0.0\n' > "$info/METADATA"
-printf '[vllm.general_plugins]\nkvpca = vllm_kvpca.serving.plugin:register\n' > "$info/entry_points.txt"
+printf '[vllm.general_plugins]\nkvpca = vllm_kvpca.serving.register:register\n' > "$info/entry_points.txt"
 ln -sfn "$root/vllm_kvpca" "$site/vllm_kvpca"
 ln -sfn "$root/presets" "$site/presets"
 if [ -n "${2:-}" ]; then

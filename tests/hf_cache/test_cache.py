@@ -12,7 +12,6 @@ from transformers import DynamicCache
 
 from vllm_kvpca import load_preset_cache
 from vllm_kvpca.codec import hadamard_basis
-from vllm_kvpca.codec.policy import boundary
 from vllm_kvpca.errors import (
     LayoutError,
     OptionsError,
@@ -21,6 +20,7 @@ from vllm_kvpca.errors import (
     UnsupportedError,
 )
 from vllm_kvpca.hf_cache import PresetCache
+from vllm_kvpca.pages.boundary import boundary
 from vllm_kvpca.preset import ModelShape, PresetConfig, load_preset, save_preset
 from vllm_kvpca.preset.formats import CALIBRATED_FORMATS
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from vllm_kvpca.codec.policy import Policy
+from vllm_kvpca.pages.boundary import Policy
 
 HEAD_DIM, KV_HEADS, GROUP = 64, 2, 3
 RAW_BLOCK, ARCHIVE_BLOCK = 32, 48

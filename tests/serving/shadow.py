@@ -22,10 +22,10 @@ from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.request import Request, RequestStatus
 
-from vllm_kvpca.codec.policy import Policy
-from vllm_kvpca.pages.plan import PagePlan
-from vllm_kvpca.serving.batch import Bucket, Step, StepInput, plan_step
-from vllm_kvpca.serving.groups import ArchiveSpec, RecentSpec, register_specs
+from vllm_kvpca.pages.block_sizes import PagePlan
+from vllm_kvpca.pages.boundary import Policy
+from vllm_kvpca.serving.cache.managers import ArchiveSpec, RecentSpec, register_specs
+from vllm_kvpca.serving.step.batch import Bucket, Step, StepInput, plan_step
 
 HEAD_SIZE = 8
 MAX_MODEL_LEN = 4096

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from vllm_kvpca.pages.plan import PagePlan
-from vllm_kvpca.serving.backend import KvpcaMetadataBuilder
-from vllm_kvpca.serving.batch import StepInput, plan_step
+from vllm_kvpca.pages.block_sizes import PagePlan
+from vllm_kvpca.serving.step.backend import KvpcaMetadataBuilder
+from vllm_kvpca.serving.step.batch import StepInput, plan_step
 
 from .shadow import make_specs
 

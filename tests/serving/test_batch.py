@@ -21,11 +21,11 @@ from paged import (
     table,
 )
 
-from vllm_kvpca.codec.policy import Policy
-from vllm_kvpca.kernels.layer_codec import LayerCodec
+from vllm_kvpca.ops.layer_codec import LayerCodec
+from vllm_kvpca.pages.boundary import Policy
 from vllm_kvpca.preset import FORMATS, Preset
-from vllm_kvpca.serving.batch import StepInput, plan_step
-from vllm_kvpca.serving.step import StepTokens, run_step
+from vllm_kvpca.serving.step.batch import StepInput, plan_step
+from vllm_kvpca.serving.step.run import StepTokens, run_step
 
 
 def run(sequences, counts, policy, recent_pages, archive_pages, codec):

@@ -11,13 +11,13 @@ from types import SimpleNamespace
 import pytest
 from prometheus_client import REGISTRY
 
-from vllm_kvpca.codec.policy import Policy
 from vllm_kvpca.metrics import METRICS
-from vllm_kvpca.pages.plan import PagePlan, peak_blocks
-from vllm_kvpca.serving import cache_stats
-from vllm_kvpca.serving.archive_time import ArchiveTimer, SampleFetcher
-from vllm_kvpca.serving.cache_stats import engine_status, take_stats
-from vllm_kvpca.serving.stat_logger import KvpcaStatLogger
+from vllm_kvpca.pages.block_sizes import PagePlan, peak_blocks
+from vllm_kvpca.pages.boundary import Policy
+from vllm_kvpca.serving.observe import stats as cache_stats
+from vllm_kvpca.serving.observe.stat_logger import KvpcaStatLogger
+from vllm_kvpca.serving.observe.stats import engine_status, take_stats
+from vllm_kvpca.serving.observe.times import ArchiveTimer, SampleFetcher
 
 from .shadow import Engine, Sequence, random_traffic
 

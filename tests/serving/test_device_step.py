@@ -24,12 +24,12 @@ from paged import (
     table,
 )
 
-from vllm_kvpca.codec.policy import Policy
-from vllm_kvpca.kernels.layer_codec import LayerCodec
+from vllm_kvpca.ops.layer_codec import LayerCodec
+from vllm_kvpca.pages.boundary import Policy
 from vllm_kvpca.preset import FORMATS, Preset
-from vllm_kvpca.serving.batch import StepInput, plan_step
-from vllm_kvpca.serving.device_batch import DeviceStep, group_prefills, on_device
-from vllm_kvpca.serving.step import StepTokens, run_step
+from vllm_kvpca.serving.step.batch import StepInput, plan_step
+from vllm_kvpca.serving.step.device_batch import DeviceStep, group_prefills, on_device
+from vllm_kvpca.serving.step.run import StepTokens, run_step
 
 pytest.importorskip("triton")
 
@@ -91,7 +91,7 @@ def vllm_slots(step: StepInput) -> torch.Tensor:
 
 def device_step(step: StepInput, device: torch.device) -> DeviceStep:
     """As serving.backend plans it; decode-only batches end in padding rows, as CUDA graphs'."""
-    from vllm_kvpca.kernels.starts import list_busy, starts
+    from vllm_kvpca.ops.starts.kernel import list_busy, starts
 
     counts = step.query_start.diff().tolist()
     decodes = sum(count == 1 for count in counts)
@@ -135,8 +135,8 @@ class Run:
     device: torch.device
 
     def __post_init__(self) -> None:
-        from vllm_kvpca.kernels.decode import make_workspace
-        from vllm_kvpca.serving.device_step import DeviceWorkspace, LayerCache
+        from vllm_kvpca.ops.attend.decode import make_workspace
+        from vllm_kvpca.serving.step.device_step import DeviceWorkspace, LayerCache
 
         recent = torch.full((BLOCKS, KV_HEADS, RAW_BLOCK, 2 * HEAD_DIM), float("nan"), dtype=DTYPE)
         head_bytes = self.codec.layout.head_bytes
@@ -160,7 +160,7 @@ class Run:
 
     def on_device(self, sequences, counts) -> torch.Tensor:
         """Output of all new tokens, (tokens, heads, head_dim)."""
-        from vllm_kvpca.serving.device_step import run_device_step
+        from vllm_kvpca.serving.step.device_step import run_device_step
 
         step = device_step(host_input(sequences, counts, self.policy), self.device)
         rows = len(step.slots)

@@ -10,7 +10,7 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from vllm_kvpca.metrics import METRICS
-from vllm_kvpca.serving.endpoint import PATH, KvCompressionEndpoint
+from vllm_kvpca.serving.observe.endpoint import PATH, KvCompressionEndpoint
 
 STATUS = {
     "layers": [

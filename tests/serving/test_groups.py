@@ -13,10 +13,10 @@ import random
 import pytest
 import torch
 
-from vllm_kvpca.codec.policy import Policy
 from vllm_kvpca.errors import OptionsError
-from vllm_kvpca.pages.plan import PagePlan, decoding_blocks, peak_blocks
-from vllm_kvpca.serving.groups import ArchiveManager, RecentManager
+from vllm_kvpca.pages.block_sizes import PagePlan, decoding_blocks, peak_blocks
+from vllm_kvpca.pages.boundary import Policy
+from vllm_kvpca.serving.cache.managers import ArchiveManager, RecentManager
 
 from .shadow import Engine, make_manager, make_specs, random_traffic
 

@@ -25,9 +25,9 @@ from vllm.model_executor.layers import linear
 from vllm_kvpca.errors import LayoutError, OptionsError, PresetMismatch, UnsupportedError
 from vllm_kvpca.preset import FORMATS, ModelShape, Preset, PresetConfig, choose
 from vllm_kvpca.preset.formats import CALIBRATED_FORMATS
-from vllm_kvpca.serving import options as options_module
-from vllm_kvpca.serving.layers import local_kv_heads
-from vllm_kvpca.serving.options import (
+from vllm_kvpca.serving.register import register
+from vllm_kvpca.serving.settings import options as options_module
+from vllm_kvpca.serving.settings.options import (
     CompressionOptions,
     check_engine,
     full_attention_layers,
@@ -35,7 +35,7 @@ from vllm_kvpca.serving.options import (
     model_names,
     model_shape,
 )
-from vllm_kvpca.serving.plugin import register
+from vllm_kvpca.serving.step.layers import local_kv_heads
 
 # --- parsing --------------------------------------------------------------------------------
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from vllm_kvpca.codec.policy import Policy
-from vllm_kvpca.serving.prefix_hits import GroupView, joint_hit
+from vllm_kvpca.pages.boundary import Policy
+from vllm_kvpca.serving.cache.prefix_hits import GroupView, joint_hit
 
 RECENT, ARCHIVE = 0, 1
 RAW_BLOCK, ARCHIVE_BLOCK, ALIGN = 32, 48, 96

@@ -67,7 +67,7 @@ def api_docs(
 
 def page() -> str:
     """The whole page."""
-    from vllm_kvpca.codec.policy import DEFAULT_COMPRESS_AFTER, DEFAULT_KEEP_RECENT
+    from vllm_kvpca.pages.boundary import DEFAULT_COMPRESS_AFTER, DEFAULT_KEEP_RECENT
 
     head = _HEAD.format(after=DEFAULT_COMPRESS_AFTER, recent=DEFAULT_KEEP_RECENT)
     variables = [f"| `{name}` | {meaning} |" for name, meaning in ENVIRONMENT.items()]

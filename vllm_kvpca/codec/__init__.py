@@ -9,13 +9,10 @@ from vllm_kvpca.codec.basis import (
     mix_bands,
     pca_basis,
 )
-from vllm_kvpca.codec.policy import Policy, boundary
 
 __all__ = [
     "Band",
-    "Policy",
     "balanced_basis",
-    "boundary",
     "decode_bands",
     "encode_bands",
     "encoder",

@@ -58,7 +58,7 @@ def _counts(scheduler: Any) -> tuple[int, int]:
     Raises:
         RuntimeError: the managers and the pool disagree.
     """
-    from vllm_kvpca.serving.groups import ArchiveManager
+    from vllm_kvpca.serving.cache.managers import ArchiveManager
 
     coordinator = scheduler.kv_cache_manager.coordinator
     pool = coordinator.block_pool

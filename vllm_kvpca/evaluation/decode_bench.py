@@ -18,10 +18,10 @@ from typing import Any
 import torch
 
 from vllm_kvpca.calibration.collect import AttentionShape
-from vllm_kvpca.codec.policy import Policy
 from vllm_kvpca.evaluation.random_preset import random_preset
+from vllm_kvpca.pages.block_sizes import plan_pages
+from vllm_kvpca.pages.boundary import Policy
 from vllm_kvpca.pages.layout import raw_token_bytes
-from vllm_kvpca.pages.plan import plan_pages
 from vllm_kvpca.preset import Preset, load_preset
 from vllm_kvpca.preset.formats import CALIBRATED_FORMATS
 
@@ -243,8 +243,8 @@ def _turboquant(shape: Shape, name: str) -> tuple[Call, int, float]:
 def _ours(shape: Shape, name: str) -> tuple[Call, int, float]:
     """Our kernel as the engine calls it: page plan and policy of the default thresholds, or
     of none where all is to be archived (up to whole blocks)."""
-    from vllm_kvpca.kernels.decode import decode, make_workspace, plan_decode
-    from vllm_kvpca.kernels.layer_codec import LayerCodec
+    from vllm_kvpca.ops.attend.decode import decode, make_workspace, plan_decode
+    from vllm_kvpca.ops.layer_codec import LayerCodec
 
     preset = _preset(name.removesuffix(ALL_ARCHIVED), shape)
     after, kept = (0, 0) if name.endswith(ALL_ARCHIVED) else (512, 256)

@@ -124,7 +124,7 @@ def scheduler(llm: Any) -> Any:
 
 
 def policy(llm: Any) -> Any:
-    """`codec.policy.Policy` that the engine follows, with the step of its boundary; None in a
+    """`pages.boundary.Policy` that the engine follows, with the step of its boundary; None in a
     stock engine."""
     for group in scheduler(llm).kv_cache_config.kv_cache_groups:
         if hasattr(group.kv_cache_spec, "policy"):

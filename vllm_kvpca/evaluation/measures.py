@@ -92,9 +92,9 @@ def archived_share(
 
     Args:
         chunks: tokens computed by each step of one sequence, in order.
-        compress_after, keep_recent, align: tokens; see codec.policy.
+        compress_after, keep_recent, align: tokens; see pages.boundary.
     """
-    from vllm_kvpca.codec.policy import boundary
+    from vllm_kvpca.pages.boundary import boundary
 
     computed = archived = attended = 0
     for count in chunks:

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from vllm_kvpca.codec.policy import Policy
 from vllm_kvpca.errors import OptionsError
 from vllm_kvpca.evaluation.record import Record, make_record
 from vllm_kvpca.pages import ArchiveLayout, plan_pages, raw_token_bytes
-from vllm_kvpca.pages.plan import held_blocks
+from vllm_kvpca.pages.block_sizes import held_blocks
+from vllm_kvpca.pages.boundary import Policy
 from vllm_kvpca.preset.formats import CALIBRATED_FORMATS, FORMATS
 
 STOCK_BLOCK = 16

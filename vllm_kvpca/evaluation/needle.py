@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vllm_kvpca.codec.policy import Policy
 from vllm_kvpca.errors import OptionsError
 from vllm_kvpca.evaluation import measures, texts
+from vllm_kvpca.pages.boundary import Policy
 
 TASKS = ("needle", "recall")
 DIGITS = 5

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from vllm_kvpca.codec.policy import Policy
 from vllm_kvpca.evaluation import measures, reading
 from vllm_kvpca.evaluation.engine import EngineSettings
 from vllm_kvpca.evaluation.record import Record
+from vllm_kvpca.pages.boundary import Policy
 
 TOP = 20
 """Stock's likeliest tokens that the KL divergence is taken over, with one bucket for the rest."""

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from vllm_kvpca.codec.policy import Policy
 from vllm_kvpca.evaluation import engine, measures
 from vllm_kvpca.evaluation.engine import EngineSettings
 from vllm_kvpca.evaluation.progress import steps
+from vllm_kvpca.pages.boundary import Policy
 
 
 @dataclass(frozen=True)

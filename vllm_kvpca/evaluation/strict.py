@@ -14,7 +14,7 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 from vllm_kvpca.evaluation.measures import Floats
-from vllm_kvpca.kernels.layer_codec import LayerCodec
+from vllm_kvpca.ops.layer_codec import LayerCodec
 from vllm_kvpca.preset import Preset
 
 

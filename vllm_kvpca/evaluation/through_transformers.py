@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vllm_kvpca.codec.policy import Policy
 from vllm_kvpca.errors import OptionsError
 from vllm_kvpca.evaluation import measures, needle, presets, quality
 from vllm_kvpca.evaluation.comparison import TRANSFORMERS
@@ -22,7 +21,8 @@ from vllm_kvpca.evaluation.engine import STOCK, EngineSettings
 from vllm_kvpca.evaluation.progress import steps
 from vllm_kvpca.hf_cache import load_preset_cache
 from vllm_kvpca.pages import raw_token_bytes
-from vllm_kvpca.pages.plan import plan_pages
+from vllm_kvpca.pages.block_sizes import plan_pages
+from vllm_kvpca.pages.boundary import Policy
 from vllm_kvpca.preset import load_preset
 
 ROWS = 5

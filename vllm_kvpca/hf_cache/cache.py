@@ -17,10 +17,10 @@ from typing import Any, TypedDict
 import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from vllm_kvpca.codec.policy import DEFAULT_COMPRESS_AFTER, DEFAULT_KEEP_RECENT, Policy
 from vllm_kvpca.errors import OptionsError, PresetMismatch, UnsupportedError
 from vllm_kvpca.hf_cache.layer import CompressedLayer
-from vllm_kvpca.kernels.layer_codec import LayerCodec
+from vllm_kvpca.ops.layer_codec import LayerCodec
+from vllm_kvpca.pages.boundary import DEFAULT_COMPRESS_AFTER, DEFAULT_KEEP_RECENT, Policy
 from vllm_kvpca.preset import Preset, load_preset
 
 ALIGN = 32
@@ -175,7 +175,7 @@ def load_preset_cache(
         adaptive: whether a sequence stays raw up to `compress_after` tokens and keeps its last
             `keep_recent` (up to `align` - 1 more) raw after that. False ignores all three: every
             token is archived at the end of the forward pass that computes it.
-        compress_after, keep_recent: tokens; see codec.policy.
+        compress_after, keep_recent: tokens; see pages.boundary.
         align: tokens by which the boundary moves while `adaptive`; the server's is the size of
             its archive blocks.
         config: the model's config (`model.config`). With it layers with sliding windows and

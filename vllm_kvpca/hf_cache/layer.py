@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicLayer
 
-from vllm_kvpca.codec.policy import Policy
 from vllm_kvpca.errors import UnsupportedError
-from vllm_kvpca.kernels.layer_codec import LayerCodec
+from vllm_kvpca.ops.layer_codec import LayerCodec
+from vllm_kvpca.pages.boundary import Policy
 
 RESTORE_CHUNK = 1024
 """Tokens restored at once: bounds the float32 copies beside the result."""

@@ -80,8 +80,8 @@ def _plugin() -> str:
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
     from vllm.v1.kv_cache_spec_registry import _REGISTRY_KVCACHESPEC_LIST
 
-    from vllm_kvpca.serving.groups import ArchiveSpec, RecentSpec
-    from vllm_kvpca.serving.plugin import BACKEND_PATH, register
+    from vllm_kvpca.serving.cache.managers import ArchiveSpec, RecentSpec
+    from vllm_kvpca.serving.register import BACKEND_PATH, register
 
     register()
     register()  # vLLM may load plugins more than once
@@ -126,11 +126,11 @@ def _round_trip_error(name: str) -> float:
     """Attention of one token over 200 archived ones against dense attention in float64."""
     import torch
 
-    from vllm_kvpca.codec.policy import Policy
-    from vllm_kvpca.kernels import LayerCodec
+    from vllm_kvpca.ops import LayerCodec
+    from vllm_kvpca.pages.boundary import Policy
     from vllm_kvpca.preset import load_preset
-    from vllm_kvpca.serving.batch import StepInput, plan_step
-    from vllm_kvpca.serving.step import StepTokens, run_step
+    from vllm_kvpca.serving.step.batch import StepInput, plan_step
+    from vllm_kvpca.serving.step.run import StepTokens, run_step
 
     heads, dim, block, length = 2, 64, 32, 200
     generator = torch.Generator().manual_seed(0)

@@ -1,0 +1,73 @@
+"""Starts, store, archive and gather compile for the GPUs we name; see compiling.py."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from compiling import CAPABILITIES, compile_in_subprocess
+from kernel_cases import make_codec, make_table, random_tokens, step_tensors
+
+from vllm_kvpca.pages.boundary import Policy
+
+pytest.importorskip("triton")
+
+Shapes = list[tuple[str, int, torch.dtype]]
+
+SHAPES: Shapes = [
+    ("kv-mixed", 96, torch.bfloat16),
+    ("plain-mixed", 64, torch.float16),
+]
+"""Every kind of band, with and without a basis, in both dtypes."""
+MORE_SHAPES: Shapes = [
+    ("v-mixed", 256, torch.bfloat16),  # the most registers and shared memory
+    ("k8v4", 128, torch.bfloat16),
+]
+
+
+def launches() -> None:
+    launch(SHAPES)
+
+
+def more_launches() -> None:
+    launch(MORE_SHAPES)
+
+
+def launch(shapes: Shapes) -> None:
+    """Every kernel, with small tensors."""
+    from vllm_kvpca.ops.archive.kernel import archive
+    from vllm_kvpca.ops.expand.kernel import gather
+    from vllm_kvpca.ops.starts.kernel import list_busy, starts
+    from vllm_kvpca.ops.store.kernel import store
+
+    heads, policy = 2, Policy(128, 64, 48)
+    for name, head_dim, dtype in shapes:
+        codec = make_codec(name, head_dim, heads, dtype)
+        pages = torch.zeros(4, heads, codec.layout.head_bytes, dtype=torch.uint8)
+        recent = torch.zeros(4, heads, 32, 2 * head_dim, dtype=dtype)
+        key, value = random_tokens(8, heads, head_dim, dtype)
+        query_start, lengths, start = step_tensors([(5, 3, 0), (7, 5, 4)])
+        tables = make_table([2, 1]), make_table([1, 2])
+        step = (query_start, lengths, start, *tables)
+        starts(query_start, lengths, tables[0], 32, policy, start)
+        busy = torch.zeros(len(lengths) + 1, dtype=torch.int32)
+        list_busy(start, lengths, policy, busy)
+        store(recent, key, value, torch.arange(8))
+        archive(pages, recent, key, value, *step, policy, codec, busy)
+        out_k, out_v = torch.zeros(2, 20, heads, head_dim, dtype=dtype)
+        gather(pages, recent, key, value, *step, start, 12, out_k, out_v, codec)
+
+
+@pytest.mark.parametrize(
+    "function, capability",
+    [*(("launches", capability) for capability in CAPABILITIES), ("more_launches", 90)],
+)
+def test_kernels_compile(function, capability):
+    names = {kernel.name for kernel in compile_in_subprocess(__file__, function, capability)}
+    assert names == {
+        "_starts",
+        "_list_busy",
+        "_store_kernel",
+        "_archive_kernel",
+        "_gather_archive_kernel",
+        "_gather_raw_kernel",
+    }

@@ -1,0 +1,1 @@
+"""Encode tokens that leave the window, and write them into archive pages."""

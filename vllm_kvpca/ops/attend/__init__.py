@@ -1,0 +1,1 @@
+"""Attention over archive, recent and new tokens."""

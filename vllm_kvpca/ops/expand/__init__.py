@@ -1,0 +1,1 @@
+"""Expand whole sequences in head space, for prefill attention."""

@@ -1,0 +1,1 @@
+"""Where each sequence's archived part ends, found on the device."""

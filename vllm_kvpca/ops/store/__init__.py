@@ -1,0 +1,1 @@
+"""Write raw tokens into recent pages."""

@@ -1,0 +1,136 @@
+"""Which raw and archive block sizes share one page.
+
+Both groups draw pages of equal bytes from one pool, so an archive block holds as many
+tokens as fit into a raw block's bytes. The boundary moves by whole archive blocks; the raw
+block it falls into stays until the boundary has passed it. Whole multiples of 8 tokens waste
+some bytes, and large blocks leave more tokens raw. The planner weighs the two: it takes the
+pair with which one sequence of max_model_len tokens occupies the fewest bytes.
+
+Prefix-cache hits have lengths that are multiples of both block sizes, as vLLM wants them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from vllm_kvpca.errors import LayoutError
+from vllm_kvpca.pages.boundary import Policy
+from vllm_kvpca.pages.layout import TOGETHER
+
+BLOCK_STEP = TOGETHER
+RAW_BLOCKS = tuple(range(32, 257, BLOCK_STEP))
+MAX_HIT_STEP = 640
+"""Tokens; larger steps would make prefix-cache hits too coarse."""
+
+
+@dataclass(frozen=True)
+class PagePlan:
+    """Tokens per raw block and per archive block, which is never smaller."""
+
+    raw_block: int
+    archive_block: int
+
+    @property
+    def align(self) -> int:
+        """Step of the boundary."""
+        return self.archive_block
+
+    @property
+    def hit_step(self) -> int:
+        """Step of a prefix-cache hit's length."""
+        return math.lcm(self.raw_block, self.archive_block)
+
+    def page_bytes_per_head(self, raw_bytes: int) -> int:
+        return self.raw_block * raw_bytes
+
+
+def peak_raw_blocks(policy: Policy, raw_block: int, max_model_len: int, batches: int = 1) -> int:
+    """Most raw blocks one sequence holds at a time.
+
+    The settled part holds up to compress_after raw tokens, or less than keep_recent + align
+    of them once it is archived, in blocks whose first may begin before the boundary; each
+    step in flight adds one such tail, because its predecessor's blocks are freed only after
+    it was processed.
+    """
+    before = raw_block - math.gcd(raw_block, policy.align)
+    tail = -(-(policy.keep_recent + policy.align + before) // raw_block)
+    held = max(-(-policy.compress_after // raw_block), tail) + batches * tail
+    return min(-(-max_model_len // raw_block), held)
+
+
+def held_blocks(policy: Policy, raw_block: int, n: int) -> tuple[int, int]:
+    """Raw and archive blocks of a decoding sequence of `n` computed tokens.
+
+    Not counted is the moment when tokens have just been archived and their raw blocks wait
+    for the step to be processed.
+    """
+    boundary = policy.boundary(n)
+    return -(-n // raw_block) - boundary // raw_block, boundary // policy.align
+
+
+def decoding_blocks(policy: Policy, raw_block: int, max_model_len: int) -> int:
+    """Most blocks of both groups in use by a decoding sequence of up to `max_model_len` tokens.
+
+    Not counted is the moment when tokens have just been archived and their raw blocks wait
+    for the step to be processed: in one of `align` steps, and admission counts it
+    (`peak_raw_blocks`).
+    """
+    # Raw blocks only grow between two moves of the boundary: look at the ends of the last few.
+    moved = policy.boundary(max_model_len) + policy.keep_recent
+    ends = (moved - 1 - i * policy.align for i in range(raw_block))
+    lengths = [max_model_len, min(max_model_len, policy.compress_after)]
+    lengths += [n for n in ends if policy.compress_after < n < max_model_len]
+    return max(sum(held_blocks(policy, raw_block, n)) for n in lengths)
+
+
+def peak_blocks(plan: PagePlan, policy: Policy, max_model_len: int, batches: int = 1) -> int:
+    """Blocks that a pool must have so that one sequence can always go on."""
+    archive = -(-policy.boundary(max_model_len) // plan.archive_block)
+    return archive + peak_raw_blocks(policy, plan.raw_block, max_model_len, batches)
+
+
+def plan_pages(
+    raw_bytes: int,
+    archive_bytes: int,
+    *,
+    compress_after: int,
+    keep_recent: int,
+    max_model_len: int,
+    raw_blocks: Iterable[int] = RAW_BLOCKS,
+) -> PagePlan:
+    """The pair of block sizes that fits most tokens of a max_model_len sequence.
+
+    Args:
+        raw_bytes, archive_bytes: bytes of one token and head, raw and archived.
+        compress_after, keep_recent, max_model_len: tokens.
+        raw_blocks: candidates for the raw block size.
+
+    Raises:
+        LayoutError: no candidate works.
+    """
+    best: tuple[float, int, PagePlan] | None = None
+    for plan in _candidates(raw_bytes, archive_bytes, raw_blocks):
+        policy = Policy(compress_after, keep_recent, plan.align)
+        blocks = decoding_blocks(policy, plan.raw_block, max_model_len)
+        key = (blocks * plan.raw_block * raw_bytes, plan.hit_step, plan)
+        if best is None or key[:2] < best[:2]:
+            best = key
+    if best is None:
+        raise LayoutError(
+            f"no block sizes share a page for {raw_bytes} raw and {archive_bytes} archived bytes "
+            f"with raw blocks of {list(raw_blocks)} tokens: pass --block-size 64 or 128."
+        )
+    return best[2]
+
+
+def _candidates(
+    raw_bytes: int, archive_bytes: int, raw_blocks: Iterable[int]
+) -> Iterator[PagePlan]:
+    for raw_block in raw_blocks:
+        most = raw_block * raw_bytes // archive_bytes
+        for archive_block in range(BLOCK_STEP, most + 1, BLOCK_STEP):
+            plan = PagePlan(raw_block, archive_block)
+            if archive_block >= raw_block and plan.hit_step <= MAX_HIT_STEP:
+                yield plan

@@ -1,0 +1,1 @@
+"""Every place where vLLM is changed from outside."""

@@ -1,0 +1,1 @@
+"""What vLLM's scheduler knows: the two cache groups of a layer, their blocks, prefix hits."""

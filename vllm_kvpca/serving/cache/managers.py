@@ -1,0 +1,346 @@
+"""The two cache groups of a compressed attention layer, and the managers of their blocks.
+
+Group R (RecentSpec) holds raw tokens and behaves like a sliding window; group C
+(ArchiveSpec) holds archived tokens and behaves like full attention. Both follow
+`pages.boundary.boundary`: archive [0, boundary(n)), recent [boundary(n), n). Pages of both
+have equal bytes, so vLLM's block pool serves them alike.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.utils.math_utils import cdiv
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
+from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheSpec
+from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+
+from vllm_kvpca.errors import OptionsError
+from vllm_kvpca.pages.block_sizes import decoding_blocks, peak_raw_blocks
+from vllm_kvpca.pages.boundary import Policy
+from vllm_kvpca.serving.cache.prefix_hits import GroupView, joint_hit
+
+
+@dataclass(frozen=True, kw_only=True)
+class _AdaptiveSpec:
+    """What both specs know of the boundary.
+
+    vLLM may scale `block_size` to equalize pages with layers of other kinds; `base_block`
+    and `base_align` keep the planned values, so that the boundary scales along.
+    """
+
+    block_size: int
+    compress_after: int
+    keep_recent: int
+    base_block: int
+    base_align: int
+    max_model_len: int
+
+    @property
+    def policy(self) -> Policy:
+        scale = self.block_size // self.base_block
+        return Policy(self.compress_after, self.keep_recent, self.base_align * scale)
+
+    def peak_blocks(self, num_tokens: int) -> int:
+        """Most blocks of this group that one sequence of so many tokens ever holds."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecentSpec(_AdaptiveSpec, AttentionSpec):
+    """Group R: raw K and V of the tokens in [boundary(n), n)."""
+
+    batches: int = 1
+    """Steps in flight at a time (VllmConfig.max_concurrent_batches)."""
+
+    def peak_blocks(self, num_tokens: int) -> int:
+        return peak_raw_blocks(self.policy, self.block_size, num_tokens, self.batches)
+
+    def max_memory_usage_bytes(self, vllm_config: Any) -> int:
+        """What a decoding sequence holds; the tails that prefill leaves for a moment are in
+        `peak_blocks`, which admission and the check at start go by."""
+        longest = vllm_config.model_config.max_model_len
+        archived = self.policy.boundary(longest) // self.policy.align
+        blocks = decoding_blocks(self.policy, self.block_size, longest) - archived
+        return blocks * self.page_size_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArchiveSpec(_AdaptiveSpec, FullAttentionSpec):
+    """Group C: archived tokens in [0, boundary(n)).
+
+    A FullAttentionSpec, because vLLM's coordinator asks full attention first for
+    prefix-cache hits. `page_bytes` is the page of `base_block` archived tokens.
+    """
+
+    page_bytes: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        wanted = self.page_bytes * (self.block_size // self.base_block)
+        padded = max(wanted, self.page_size_padded or 0)
+        object.__setattr__(self, "page_size_padded", padded)
+
+    def peak_blocks(self, num_tokens: int) -> int:
+        return cdiv(self.policy.boundary(num_tokens), self.block_size)
+
+    def max_memory_usage_bytes(self, vllm_config: Any) -> int:
+        return self.peak_blocks(vllm_config.model_config.max_model_len) * self.page_size_bytes
+
+    @classmethod
+    def merge(cls, specs: list[ArchiveSpec]) -> ArchiveSpec:
+        # FullAttentionSpec.merge rebuilds the spec from its own fields and would lose ours.
+        return KVCacheSpec.merge.__func__(cls, specs)
+
+
+class _GroupManager(SingleTypeKVCacheManager):
+    """What both managers share: each announces its group to the joint prefix search."""
+
+    role: str
+
+    def __init__(self, kv_cache_spec: KVCacheSpec, **kwargs: Any) -> None:
+        super().__init__(kv_cache_spec, **kwargs)
+        spec = kv_cache_spec
+        self.policy: Policy = spec.policy
+        """Kept, because every step asks for every sequence."""
+        need = spec.peak_blocks(spec.max_model_len)
+        view = GroupView(self.kv_cache_group_id, spec.block_size, self.policy, need)
+        GroupView.announce(self.block_pool, self.role, view)
+        _check_room(self.block_pool, spec.max_model_len)
+        self.held: Counter[int] = Counter()
+        """Blocks in use by id, with the number of sequences that use each."""
+        self.uses = 0
+        """The sum of those numbers."""
+
+    def _hold(self, blocks: Iterable[KVCacheBlock]) -> None:
+        for block in blocks:
+            if not block.is_null:
+                self.held[block.block_id] += 1
+                self.uses += 1
+
+    def _release(self, blocks: Iterable[KVCacheBlock]) -> None:
+        for block in blocks:
+            if not block.is_null:
+                self.uses -= 1
+                self.held[block.block_id] -= 1
+                if not self.held[block.block_id]:
+                    del self.held[block.block_id]
+
+    def add_local_computed_blocks(self, request_id: str, *args: Any, **kwargs: Any) -> None:
+        super().add_local_computed_blocks(request_id, *args, **kwargs)
+        self._hold(self.req_to_blocks[request_id])
+
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        blocks = super().pop_blocks_for_free(request_id)
+        self._release(blocks)
+        return blocks
+
+    @classmethod
+    def find_longest_cache_hit(
+        cls,
+        block_hashes: Any,
+        max_length: int,
+        kv_cache_group_ids: list[int],
+        block_pool: Any,
+        kv_cache_spec: KVCacheSpec,
+        drop_eagle_block: bool,
+        alignment_tokens: int,
+        dcp_world_size: int = 1,
+        pcp_world_size: int = 1,
+    ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
+        hit = joint_hit(block_hashes, max_length, block_pool, alignment_tokens)
+        return (hit.blocks[cls.role],), hit.length
+
+
+class RecentManager(_GroupManager):
+    """Blocks of group R: allocated for the tail of a step only, freed below the boundary."""
+
+    role = "recent"
+
+    def __init__(self, kv_cache_spec: RecentSpec, **kwargs: Any) -> None:
+        super().__init__(kv_cache_spec, **kwargs)
+        self._freed_below: dict[str, int] = {}
+        """First block index of a request that has not been looked at for freeing."""
+
+    def get_num_skipped_tokens(self, num_computed_tokens: int) -> int:
+        return self.policy.boundary(num_computed_tokens)
+
+    def _new_rows(self, held: int, num_tokens: int, num_tokens_main_model: int) -> Iterator[bool]:
+        """For each row to append: whether it needs a block, or stays null because its
+        tokens are archived within the same step."""
+        first = self.policy.boundary(num_tokens_main_model) // self.block_size
+        return (row >= first for row in range(held, cdiv(num_tokens, self.block_size)))
+
+    def get_num_blocks_to_allocate(
+        self,
+        request_id: str,
+        num_tokens: int,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        total_computed_tokens: int,
+        num_local_computed_tokens: int,
+        num_tokens_main_model: int,
+        apply_admission_cap: bool = False,
+        prefill_end: int = 0,
+    ) -> int:
+        rows = self.req_to_blocks.get(request_id, ())
+        if num_tokens <= len(rows) * self.block_size and not new_computed_blocks:
+            return 0  # most steps of a decoding sequence
+        hits = [block for block in new_computed_blocks if not block.is_null]
+        evictable = self._get_num_evictable_blocks(hits)
+        if apply_admission_cap:
+            held = len(hits) + sum(not block.is_null for block in rows)
+            return max(0, self.kv_cache_spec.peak_blocks(num_tokens) - held) + evictable
+        held_rows = max(len(rows), len(new_computed_blocks))
+        return sum(self._new_rows(held_rows, num_tokens, num_tokens_main_model)) + evictable
+
+    def allocate_new_blocks(
+        self, request_id: str, num_tokens: int, num_tokens_main_model: int
+    ) -> list[KVCacheBlock]:
+        rows = self.req_to_blocks[request_id]
+        if num_tokens <= len(rows) * self.block_size:
+            return []
+        plan = list(self._new_rows(len(rows), num_tokens, num_tokens_main_model))
+        blocks = iter(self.block_pool.get_new_blocks(sum(plan)) if any(plan) else ())
+        new = [next(blocks) if needed else self._null_block for needed in plan]
+        rows.extend(new)
+        self._hold(new)
+        if self._record_new_block_ids:
+            self.new_block_ids.extend(block.block_id for block in new if not block.is_null)
+        return new
+
+    def remove_skipped_blocks(
+        self,
+        request_id: str,
+        processed_computed_tokens: int,
+        num_prompt_tokens: int | None = None,
+    ) -> None:
+        # The base class stops at the first null block; ours may lie between real ones.
+        rows = self.req_to_blocks.get(request_id)
+        if not rows:
+            return
+        first = self._freed_below.get(request_id, 0)
+        last = self.get_num_skipped_tokens(processed_computed_tokens) // self.block_size
+        last = min(last, len(rows))
+        freed = []
+        for row in range(last - 1, first - 1, -1):
+            if not rows[row].is_null:
+                freed.append(rows[row])
+                rows[row] = self._null_block
+        if freed:
+            self._release(freed)
+            self.block_pool.free_blocks(freed)
+        self._freed_below[request_id] = max(first, last)
+
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        self._freed_below.pop(request_id, None)
+        return super().pop_blocks_for_free(request_id)
+
+
+class ArchiveManager(_GroupManager):
+    """Blocks of group C: allocated up to the boundary, held until the request ends."""
+
+    role = "archive"
+
+    def __init__(self, kv_cache_spec: ArchiveSpec, **kwargs: Any) -> None:
+        super().__init__(kv_cache_spec, **kwargs)
+        self.archived_tokens = 0
+        """Tokens archived since the engine started."""
+        self.archive_operations = 0
+        """Steps in which a sequence archived, over all sequences."""
+        self.sequences = 0
+        """Sequences that hold archive blocks."""
+        self.ended: dict[str, int] = {}
+        """Archived tokens of requests that gave their blocks back; cache_stats empties it."""
+
+    def _missing(self, num_tokens: int, held: int) -> int:
+        archived = self.policy.boundary(num_tokens)
+        return max(0, cdiv(archived, self.block_size) - held)
+
+    def get_num_blocks_to_allocate(
+        self,
+        request_id: str,
+        num_tokens: int,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        total_computed_tokens: int,
+        num_local_computed_tokens: int,
+        num_tokens_main_model: int,
+        apply_admission_cap: bool = False,
+        prefill_end: int = 0,
+    ) -> int:
+        held = len(self.req_to_blocks.get(request_id, ()))
+        if not new_computed_blocks:
+            return self._missing(num_tokens_main_model, held)
+        evictable = self._get_num_evictable_blocks(new_computed_blocks)
+        return self._missing(num_tokens_main_model, max(held, len(new_computed_blocks))) + evictable
+
+    def allocate_new_blocks(
+        self, request_id: str, num_tokens: int, num_tokens_main_model: int
+    ) -> list[KVCacheBlock]:
+        rows = self.req_to_blocks[request_id]
+        missing = self._missing(num_tokens_main_model, len(rows))
+        if not missing:
+            return []
+        new = self.block_pool.get_new_blocks(missing)
+        self.archived_tokens += missing * self.block_size
+        self.archive_operations += 1
+        self.sequences += not rows
+        rows.extend(new)
+        self._hold(new)
+        if self._record_new_block_ids:
+            self.new_block_ids.extend(block.block_id for block in new)
+        return new
+
+    def add_local_computed_blocks(self, request_id: str, *args: Any, **kwargs: Any) -> None:
+        super().add_local_computed_blocks(request_id, *args, **kwargs)
+        self.sequences += bool(self.req_to_blocks[request_id])
+
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        blocks = super().pop_blocks_for_free(request_id)
+        self.sequences -= bool(blocks)
+        # A request that is preempted and ends before it runs again holds nothing the second time.
+        if blocks or request_id not in self.ended:
+            self.ended[request_id] = len(blocks) * self.block_size
+        return blocks
+
+    def cache_blocks(
+        self,
+        request: Any,
+        num_tokens: int,
+        retention_interval: int | None = None,
+        *,
+        replay_boundaries: Sequence[int],
+    ) -> None:
+        # vLLM has rounded num_tokens; every block we hold is archived once the step has run.
+        archived = len(self.req_to_blocks[request.request_id]) * self.block_size
+        archived = min(archived, request.num_tokens)
+        super().cache_blocks(
+            request, archived, retention_interval, replay_boundaries=replay_boundaries
+        )
+
+
+def _check_room(block_pool: Any, max_model_len: int) -> None:
+    """Refuse a pool in which a single sequence could get stuck.
+
+    Raises:
+        OptionsError: both groups are known and need more than the pool has.
+    """
+    views = GroupView.known(block_pool)
+    need, usable = sum(view.need for view in views), block_pool.num_gpu_blocks - 1
+    if len(views) == 2 and need > usable:
+        raise OptionsError(
+            f"one sequence of {max_model_len} tokens needs {need} KV cache blocks while it is "
+            f"prefilled and compressed, and there is memory for {usable}: lower --max-model-len "
+            "or give the KV cache more memory."
+        )
+
+
+def register_specs() -> None:
+    """Tell vLLM which manager serves which spec. Safe to call again."""
+    # vLLM registers its own specs lazily, and only while the registry is empty.
+    KVCacheSpecRegistry._ensure_registered()
+    KVCacheSpecRegistry.register(RecentSpec, RecentManager, RecentSpec)
+    KVCacheSpecRegistry.register(ArchiveSpec, ArchiveManager, ArchiveSpec)

@@ -1,0 +1,1 @@
+"""What operators see: figures, metrics, the JSON route, archive times."""

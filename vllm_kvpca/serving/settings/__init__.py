@@ -1,0 +1,1 @@
+"""The options of an engine, and what they cannot be combined with."""

@@ -1,0 +1,199 @@
+"""The options of one engine, and the vLLM settings they cannot be combined with.
+
+Options travel in `VllmConfig.additional_config["kv_compression"]`: it reaches every process
+and is part of vLLM's compile-cache key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+
+from vllm_kvpca.codec.bands import RAW_BITS
+from vllm_kvpca.errors import OptionsError, UnsupportedError
+from vllm_kvpca.pages.boundary import DEFAULT_COMPRESS_AFTER, DEFAULT_KEEP_RECENT, Policy
+from vllm_kvpca.preset import Preset, load_preset
+from vllm_kvpca.preset.choose import choose_preset
+from vllm_kvpca.preset.files import list_shipped
+from vllm_kvpca.preset.formats import AUTO, DEFAULT_WITH_KEY_BIAS
+from vllm_kvpca.serving.log import logger
+
+KEY = "kv_compression"
+
+
+class CompressionOptions(BaseModel):
+    """What the user asked for.
+
+    Attributes:
+        preset: a preset folder, a Hub repository, a shipped name or "auto".
+        compress_after, keep_recent: tokens; see pages.boundary.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    preset: str
+    compress_after: int = DEFAULT_COMPRESS_AFTER
+    keep_recent: int = DEFAULT_KEEP_RECENT
+
+    @field_validator("compress_after", "keep_recent", mode="before")
+    @classmethod
+    def _default(cls, value: Any, info: Any) -> Any:
+        return cls.model_fields[info.field_name].default if value is None else value
+
+    @classmethod
+    def parse(cls, values: Any) -> CompressionOptions:
+        """Options from a dictionary.
+
+        Raises:
+            OptionsError: unknown keys, wrong types, or thresholds that make no sense.
+        """
+        if not isinstance(values, dict):
+            raise OptionsError(f'additional_config["{KEY}"] must be a dictionary, got {values!r}.')
+        if not values.get("preset"):
+            raise OptionsError(
+                "KV compression needs a preset: add --kv-compression-preset NAME_OR_PATH "
+                f'(or "preset" in additional_config["{KEY}"]). '
+                f"Shipped: {', '.join(list_shipped())}; or auto."
+            )
+        try:
+            options = cls.model_validate(values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise OptionsError(
+                f'additional_config["{KEY}"]: {where}: {first["msg"]}. '
+                f"Known options: {', '.join(cls.model_fields)}."
+            ) from error
+        Policy(options.compress_after, options.keep_recent)
+        return options
+
+    def resolved(self, names: Sequence[str], model_config: Any = None) -> CompressionOptions:
+        """These options with the preset that "auto" stands for.
+
+        Args:
+            names: of the model: its path, its served names.
+            model_config: the model's configuration (of transformers), None if not known.
+        """
+        if self.preset != AUTO:
+            return self
+        facts = (model_shape(model_config), has_key_bias(model_config)) if model_config else ()
+        preset, why = choose_preset(names, *facts)
+        logger.info("KV compression preset auto is %s: %s", preset, why)
+        return self.model_copy(update={"preset": preset})
+
+    @classmethod
+    def of(cls, vllm_config: Any) -> CompressionOptions | None:
+        """Options of an engine, None if compression is off."""
+        values = (vllm_config.additional_config or {}).get(KEY)
+        return None if values is None else cls.parse(values)
+
+
+@lru_cache(maxsize=4)
+def cached_preset(name: str) -> Preset:
+    """A preset, loaded once per process: every attention layer asks for it."""
+    return load_preset(name)
+
+
+def check_engine(vllm_config: Any, preset: Preset) -> None:
+    """Refuse what cannot be served compressed, before any process or memory is taken.
+
+    Raises:
+        UnsupportedError: naming each option that is in the way.
+        PresetMismatch: the preset belongs to another model.
+    """
+    problems = [text for wrong, text in _unsupported(vllm_config) if wrong]
+    if problems:
+        raise UnsupportedError(
+            "KV compression cannot be combined with: " + "; ".join(problems) + ". "
+            "Drop those options, or serve without --kv-compression-preset."
+        )
+    model = vllm_config.model_config
+    preset.check_model(
+        model_names(model),
+        model.get_total_num_hidden_layers(),
+        model.get_total_num_kv_heads(),
+        model.get_head_size(),
+        full_attention_layers(model),
+    )
+    preset.layout(model.get_head_size())
+    k = preset.config.k
+    if k.basis == "identity" and k.bands[0].bits < RAW_BITS and has_key_bias(model.hf_text_config):
+        logger.warning(
+            "This model's K has a bias. If it is large, one scale per token is too coarse for K in "
+            "preset %s: %s rotates K, or calibrate a preset.",
+            preset.name,
+            DEFAULT_WITH_KEY_BIAS,
+        )
+
+
+def _unsupported(config: Any) -> list[tuple[bool, str]]:
+    """(whether it is set, what to tell the user) for everything that is not supported yet."""
+    model, cache, parallel = config.model_config, config.cache_config, config.parallel_config
+    events = config.kv_events_config
+    return [
+        (
+            config.kv_transfer_config is not None,
+            "KV transfer and offloading (--kv-transfer-config)",
+        ),
+        (cache.kv_offloading_size is not None, "KV offloading (--kv-offloading-size)"),
+        (config.speculative_config is not None, "speculative decoding (--speculative-config)"),
+        (parallel.decode_context_parallel_size > 1, "--decode-context-parallel-size above 1"),
+        (parallel.prefill_context_parallel_size > 1, "--prefill-context-parallel-size above 1"),
+        (parallel.pipeline_parallel_size > 1, "--pipeline-parallel-size above 1"),
+        (parallel.use_ubatching, "micro-batching (--enable-dbo)"),
+        (
+            cache.cache_dtype not in ("auto", "bfloat16", "float16"),
+            f"--kv-cache-dtype {cache.cache_dtype} (a preset defines the stored format; use auto)",
+        ),
+        (cache.kv_sharing_fast_prefill, "--kv-sharing-fast-prefill"),
+        (events is not None and events.enable_kv_cache_events, "KV cache events"),
+        (
+            bool(config.scheduler_config.disable_hybrid_kv_cache_manager),
+            "--disable-hybrid-kv-cache-manager",
+        ),
+        (model.runner_type != "generate", f"--runner {model.runner_type}"),
+        (model.is_encoder_decoder, "encoder-decoder models"),
+        (model.use_mla, "MLA models"),
+        (model.is_mm_prefix_lm, "models with bidirectional attention over images"),
+        (model.rswa_window is not None, "models with reference sliding windows"),
+        (
+            str(model.dtype) not in ("torch.bfloat16", "torch.float16"),
+            f"--dtype {str(model.dtype).removeprefix('torch.')} (use bfloat16 or float16)",
+        ),
+    ]
+
+
+def model_names(model_config: Any) -> list[str]:
+    """Names under which a model may be known: path, served names, the name in its config."""
+    served = model_config.served_model_name
+    names = [model_config.model, *([served] if isinstance(served, str) else served or [])]
+    names.append(getattr(model_config.hf_config, "_name_or_path", ""))
+    return [name for name in dict.fromkeys(names) if name]
+
+
+def has_key_bias(config: Any) -> bool:
+    """Whether the model adds a bias to K, as far as its text configuration says."""
+    qwen2 = str(getattr(config, "model_type", "")).startswith("qwen2")  # not a field: always there
+    return qwen2 or any(getattr(config, name, False) for name in ("attention_bias", "qkv_bias"))
+
+
+def model_shape(config: Any) -> tuple[int, int, int] | None:
+    """Layers, KV heads and head_dim of a text configuration; None if it does not name them."""
+    heads = getattr(config, "num_attention_heads", None)
+    layers = getattr(config, "num_hidden_layers", None)
+    hidden = getattr(config, "hidden_size", None)
+    if not (heads and layers and hidden):
+        return None
+    head_dim = getattr(config, "head_dim", None) or hidden // heads
+    return layers, getattr(config, "num_key_value_heads", None) or heads, head_dim
+
+
+def full_attention_layers(model_config: Any) -> list[int]:
+    """Indices of the full-attention layers, as far as the model's config tells them apart."""
+    kinds = getattr(model_config.hf_text_config, "layer_types", None)
+    if kinds is None:
+        return list(range(model_config.get_total_num_hidden_layers()))
+    return [index for index, kind in enumerate(kinds) if kind == "full_attention"]

@@ -1,0 +1,1 @@
+"""What a worker does: the attention backend, the plan of a step, and running it."""

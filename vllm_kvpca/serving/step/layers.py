@@ -1,0 +1,170 @@
+"""The second cache owner of a compressed attention layer, and how it comes to be.
+
+vLLM asks every `AttentionLayerBase` in `static_forward_context` for one cache spec. Our
+attention layers keep their place with the recent spec; an `ArchiveLayer` beside each of
+them owns the archive spec.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+)
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.platforms import current_platform
+
+from vllm_kvpca.errors import UnsupportedError
+from vllm_kvpca.ops.layer_codec import LayerCodec
+from vllm_kvpca.pages.block_sizes import RAW_BLOCKS, PagePlan, plan_pages
+from vllm_kvpca.pages.layout import ArchiveLayout, raw_token_bytes
+from vllm_kvpca.preset import Preset
+from vllm_kvpca.serving.cache.managers import ArchiveSpec, RecentSpec
+from vllm_kvpca.serving.observe.times import timer
+from vllm_kvpca.serving.settings.options import CompressionOptions, cached_preset
+
+if TYPE_CHECKING:
+    from vllm_kvpca.serving.step.attention import KvpcaAttentionImpl
+
+ARCHIVE_SUFFIX = ".kvpca_archive"
+
+
+class ArchiveLayer(torch.nn.Module, AttentionLayerBase):
+    """Owns one layer's archive pages."""
+
+    kv_sharing_target_layer_name = None
+
+    def __init__(self, spec: ArchiveSpec, codec: LayerCodec, num_heads: int) -> None:
+        super().__init__()
+        self.kv_cache = torch.tensor([])  # vLLM binds the pages here
+        self.num_heads = num_heads
+        self.spec = spec
+        self.codec = codec
+
+    def get_attn_backend(self) -> Any:
+        from vllm_kvpca.serving.step.backend import ArchiveBackend
+
+        return ArchiveBackend
+
+    def get_kv_cache_spec(self, vllm_config: Any) -> ArchiveSpec:
+        return self.spec
+
+    def pages(self) -> torch.Tensor:
+        """(blocks, kv_heads, head_bytes) uint8: the regions of pages.layout lie in dim 2.
+
+        vLLM may have scaled the block size; the codec's layout follows the real one.
+        """
+        block_size = self.kv_cache.shape[2]
+        if block_size != self.codec.layout.block_size:
+            layout = self.codec.layout
+            layout = ArchiveLayout(layout.head_dim, block_size, layout.k_bands, layout.v_bands)
+            codec = self.codec
+            self.codec = LayerCodec(layout, codec.k_basis, codec.v_basis, codec.dtype)
+        return self.kv_cache.view(torch.uint8).flatten(2)
+
+
+def attach_archive(impl: KvpcaAttentionImpl, vllm_config: Any) -> ArchiveLayer:
+    """Give a layer its two cache specs and register its archive with vLLM.
+
+    Raises:
+        UnsupportedError: a layer that only looks like plain full attention.
+    """
+    context = vllm_config.compilation_config.static_forward_context
+    name, layer = next((n, x) for n, x in context.items() if getattr(x, "impl", None) is impl)
+    if type(layer) is not Attention or layer.head_size_v != layer.head_size:
+        raise UnsupportedError(
+            f"layer {name} ({type(layer).__name__}) is no plain full attention and cannot be "
+            "compressed: serve this model without --kv-compression-preset."
+        )
+    options = CompressionOptions.of(vllm_config)
+    assert options is not None
+    preset = cached_preset(options.preset)
+    content_bytes = preset.layout(layer.head_size).content_bytes
+    plan = page_plan(vllm_config, options, content_bytes, layer.head_size)
+    codec = _layer_codec(preset, name, layer, vllm_config, plan.archive_block)
+    common = {
+        "num_kv_heads": layer.num_kv_heads,
+        "head_size": layer.head_size,
+        # Equal dtypes: vLLM zeroes the blocks of groups whose dtypes differ.
+        "dtype": layer.kv_cache_torch_dtype,
+        "compress_after": options.compress_after,
+        "keep_recent": options.keep_recent,
+        "base_align": plan.align,
+        "max_model_len": vllm_config.model_config.max_model_len,
+    }
+    recent = RecentSpec(
+        block_size=plan.raw_block,
+        base_block=plan.raw_block,
+        batches=vllm_config.max_concurrent_batches,
+        **common,
+    )
+    spec = ArchiveSpec(
+        block_size=plan.archive_block,
+        base_block=plan.archive_block,
+        state_content_bytes=content_bytes,
+        page_bytes=recent.page_size_bytes,
+        **common,
+    )
+    # On this instance only: other Attention layers of the model keep their own spec.
+    layer.get_kv_cache_spec = lambda vllm_config: recent
+    archive = ArchiveLayer(spec, codec, layer.num_heads)
+    context[name + ARCHIVE_SUFFIX] = archive
+    timer.layers += 1
+    return archive
+
+
+def _layer_codec(
+    preset: Preset, name: str, layer: Any, vllm_config: Any, block_size: int
+) -> LayerCodec:
+    total = vllm_config.model_config.get_total_num_kv_heads()
+    heads = local_kv_heads(
+        total, get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+    )
+    index = extract_layer_index(name)
+    device = torch.device(current_platform.device_type)
+    bases = {}
+    for which in "kv":
+        basis = preset.basis(which, index, heads, layer.head_size)
+        bases[f"{which}_basis"] = None if basis is None else basis.to(device)
+    layout = preset.layout(layer.head_size, block_size)
+    return LayerCodec(layout, dtype=layer.kv_cache_torch_dtype, **bases)
+
+
+def local_kv_heads(total: int, rank: int, world: int) -> list[int]:
+    """Global indices of the KV heads that vLLM puts on one tensor-parallel rank."""
+    if total >= world:
+        return list(range(rank * total // world, (rank + 1) * total // world))
+    return [rank // (world // total)]
+
+
+def page_plan(
+    vllm_config: Any, options: CompressionOptions, archive_bytes: int, head_size: int
+) -> PagePlan:
+    """Block sizes of both groups; with other kinds of layers only sizes that divide, or are
+    divided by, theirs, so that vLLM can equalize the pages without padding."""
+    context = vllm_config.compilation_config.static_forward_context
+    block = vllm_config.cache_config.block_size
+    raw_blocks = RAW_BLOCKS
+    if any(_left_to_vllm(layer) for layer in context.values()):
+        raw_blocks = tuple(r for r in RAW_BLOCKS if r % block == 0 or block % r == 0)
+    return plan_pages(
+        raw_token_bytes(head_size),
+        archive_bytes,
+        compress_after=options.compress_after,
+        keep_recent=options.keep_recent,
+        max_model_len=vllm_config.model_config.max_model_len,
+        raw_blocks=raw_blocks or (block,),
+    )
+
+
+def _left_to_vllm(layer: Any) -> bool:
+    from vllm_kvpca.serving.step.attention import KvpcaAttentionImpl
+
+    if not isinstance(layer, AttentionLayerBase) or isinstance(layer, ArchiveLayer):
+        return False
+    return not isinstance(getattr(layer, "impl", None), KvpcaAttentionImpl)
