@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from vllm_kvpca.calibration import overlap
-from vllm_kvpca.evaluation.texts import find_texts
+from vllm_kvpca.lab.texts import find_texts
 
 
 def main() -> None:

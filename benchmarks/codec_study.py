@@ -27,8 +27,9 @@ from codec_options import OPTIONS, Option
 from codec_peers import PEERS
 from codec_quantizers import Quantizer, Statistics, parse
 
-from vllm_kvpca.evaluation import measures, texts
-from vllm_kvpca.evaluation.record import RECORDS, make_record
+from vllm_kvpca.calibration import statistics as measures
+from vllm_kvpca.lab import texts
+from vllm_kvpca.lab.record import RECORDS, make_record
 
 RAW_BYTES = 2
 

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from e2e.server import free_port
 
 from vllm_kvpca.cli.demo_model import ModelName, ensure
-from vllm_kvpca.evaluation.record import make_record
+from vllm_kvpca.lab.record import make_record
 
 DEMO = Path(__file__).parents[1] / "deploy" / "local" / "demo.sh"
 NAME = "SmolLM2-135M-Instruct"  # as make demo serves it

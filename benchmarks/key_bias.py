@@ -18,7 +18,7 @@ import torch
 
 from vllm_kvpca.codec.bands import decode_bands, encode_bands
 from vllm_kvpca.codec.basis import hadamard_basis, identity_basis
-from vllm_kvpca.evaluation.record import RECORDS, make_record
+from vllm_kvpca.lab.record import RECORDS, make_record
 from vllm_kvpca.preset.schema import BandSpec, TensorFormat
 
 MODEL = Path(__file__).parent / "models" / "Qwen2.5-7B-shaped"

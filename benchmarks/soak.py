@@ -44,7 +44,7 @@ from e2e.server import API_KEY, COMPRESSED, NAME, POLICY, STOCK, Scrape, Server,
 from e2e.truth import contradictions, counters, fallen, held, pools
 
 from vllm_kvpca.cli.demo_model import ModelName, ensure
-from vllm_kvpca.evaluation.record import make_record
+from vllm_kvpca.lab.record import make_record
 
 CLIENTS, SEED = 32, 0
 BLOCKS = {True: 200, False: 50}

@@ -85,7 +85,7 @@ def test_the_report_is_a_table_and_a_record(model_folder: Path, text_file: Path,
     result = CliRunner().invoke(app, ["calibrate", *map(str, words)], env={"COLUMNS": "160"})
     assert result.exit_code == 0, result.output
     assert "K PCA gain" in result.stderr and "condition" in result.stderr
-    from vllm_kvpca.evaluation.record import load_all
+    from vllm_kvpca.lab.record import load_all
 
     (record,) = load_all(tmp_path / "records", "calibration")
     assert record.model == "Tiny-Llama" and record.texts[0].name == "text.txt"

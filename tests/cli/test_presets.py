@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 
 from vllm_kvpca.calibration.card import MEASURED_ROW
 from vllm_kvpca.cli.main import app
-from vllm_kvpca.evaluation import measured
-from vllm_kvpca.evaluation.record import load_all
+from vllm_kvpca.lab.docs import preset_cards as measured
+from vllm_kvpca.lab.record import load_all
 from vllm_kvpca.preset import FORMATS, files, list_shipped
 
 RECORDS = Path(__file__).parents[2] / "benchmarks" / "records"

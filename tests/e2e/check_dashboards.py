@@ -30,8 +30,8 @@ sys.path.insert(0, str(ROOT / "tests"))
 from e2e.server import NAME, Server, free_port, serve  # noqa: E402
 
 from vllm_kvpca.cli.demo_model import ModelName, ensure  # noqa: E402
-from vllm_kvpca.dashboards import SELECTOR, panels  # noqa: E402
-from vllm_kvpca.dashboards.panels import WINDOW, Panel  # noqa: E402
+from vllm_kvpca.lab.dashboards import SELECTOR, panels  # noqa: E402
+from vllm_kvpca.lab.dashboards.panels import WINDOW, Panel  # noqa: E402
 
 SECONDS, CLIENTS, STEP, SEED = 100, 6, 2, 0
 CONFIG = """
@@ -165,7 +165,7 @@ def check_rules(found: Prometheus, at: float) -> list[str]:
 
 
 def main() -> int:
-    from vllm_kvpca.evaluation.record import make_record
+    from vllm_kvpca.lab.record import make_record
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -28,7 +28,7 @@ from e2e.server import COMPRESSED, NAME, POLICY, STOCK, Scrape, Server, serve
 from e2e.truth import contradictions, counters, engines, fallen, held, pools
 
 from vllm_kvpca.cli.demo_model import ModelName, ensure
-from vllm_kvpca.evaluation.record import load_all, make_record
+from vllm_kvpca.lab.record import load_all, make_record
 from vllm_kvpca.metrics import all_series
 
 LENGTHS = [(100, 50), (300, 60), (450, 40), (700, 80), (900, 30), (240, 40)]

@@ -13,7 +13,7 @@ from vllm_kvpca.cli.evaluate import RECORDS, MaxModelLen, Output, Seed
 from vllm_kvpca.errors import OptionsError
 
 if TYPE_CHECKING:
-    from vllm_kvpca.evaluation.engine import EngineSettings
+    from vllm_kvpca.lab.engine import EngineSettings
 
 MODEL = Path("benchmarks/models/Qwen2.5-7B-shaped")
 SHAPES = ["1x32768", "1x131072", "8x32768", "16x16384", "64x4096", "128x2048"]
@@ -51,9 +51,9 @@ def kernels(
     _need_gpu()
     from transformers import AutoConfig
 
-    from vllm_kvpca.evaluation import decode_bench
-    from vllm_kvpca.evaluation.presets import head_dim
-    from vllm_kvpca.evaluation.record import make_record
+    from vllm_kvpca.lab.measurements import kernels as decode_bench
+    from vllm_kvpca.lab.presets import head_dim
+    from vllm_kvpca.lab.record import make_record
 
     config = AutoConfig.from_pretrained(model).get_text_config()
     heads = (config.num_attention_heads, config.num_key_value_heads, head_dim(model))
@@ -96,7 +96,7 @@ def engine(
 ) -> None:
     """Tokens that fit, tokens per second and time to the first token of whole engines."""
     _need_gpu()
-    from vllm_kvpca.evaluation import engine_bench
+    from vllm_kvpca.lab.measurements import engine_bench
 
     settings = _engine_settings(model, kv_gib, max_model_len, seed)
     for measured in engine_bench.run(settings, preset):
@@ -115,7 +115,7 @@ def memory_limited(
 ) -> None:
     """Output tokens per second while far more requests wait than fit the KV cache."""
     _need_gpu()
-    from vllm_kvpca.evaluation import engine_bench
+    from vllm_kvpca.lab.measurements import engine_bench
 
     settings = _engine_settings(model, kv_gib, max_model_len, seed)
     for measured in engine_bench.run(settings, preset, engine_bench.measure_memory_short):
@@ -124,7 +124,7 @@ def memory_limited(
 
 
 def _engine_settings(model: str, kv_gib: float, max_model_len: int, seed: int) -> EngineSettings:
-    from vllm_kvpca.evaluation.engine import EngineSettings
+    from vllm_kvpca.lab.engine import EngineSettings
 
     return EngineSettings(
         model=model,
@@ -141,7 +141,7 @@ def _write_engines(
     kind: str, settings: EngineSettings, results: dict[str, Any], output: Path
 ) -> None:
     """After each engine anew, so that a run that is cut short leaves a record of the others."""
-    from vllm_kvpca.evaluation.record import make_record
+    from vllm_kvpca.lab.record import make_record
 
     chosen = settings.model_dump(exclude={"model", "seed", "preset"})
     record = make_record(kind, ["bench"], settings.model, chosen, results, seed=settings.seed)

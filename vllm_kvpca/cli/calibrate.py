@@ -143,7 +143,7 @@ def _moments(
     from vllm_kvpca.calibration import text as texts
     from vllm_kvpca.calibration.collect import collect
     from vllm_kvpca.calibration.resume import Progress as Saved
-    from vllm_kvpca.evaluation.record import fingerprint
+    from vllm_kvpca.lab.record import fingerprint
 
     budget = (files, tokenizer, source.window, source.tokens)
     with console.status("counting tokens"):
@@ -173,7 +173,7 @@ def _write_record(
     files: list[Path],
     rows: list[dict[str, Any]],
 ) -> Path:
-    from vllm_kvpca.evaluation.record import make_record
+    from vllm_kvpca.lab.record import make_record
 
     settings = {
         "format": config.format,

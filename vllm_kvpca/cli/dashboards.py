@@ -26,7 +26,7 @@ def dashboards(
 ) -> None:
     """Write the Grafana dashboard, and the Helm chart's copies of it and of the rules; refuse
     metrics that do not exist."""
-    from vllm_kvpca.dashboards import panels, render, undefined
+    from vllm_kvpca.lab.dashboards import panels, render, undefined
 
     fresh, path = render(), deploy / FILE
     texts = {

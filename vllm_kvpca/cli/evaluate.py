@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 if TYPE_CHECKING:
-    from vllm_kvpca.evaluation.record import Record
+    from vllm_kvpca.lab.record import Record
 
 RECORDS = Path("benchmarks/records")
 
@@ -67,7 +67,8 @@ def quality(
     resume: Resume = False,
 ) -> None:
     """Perplexity, KL divergence and top-1 agreement, teacher-forced, against stock."""
-    from vllm_kvpca.evaluation import comparison, runs
+    from vllm_kvpca.lab import against_stock as comparison
+    from vllm_kvpca.lab import runs
 
     comparison.check_through(through)
     kind = "quality" if through == comparison.ENGINE else f"quality-{through}"
@@ -107,7 +108,7 @@ def identity(
     output: Output = RECORDS,
 ) -> None:
     """Greedy answers to 8 prompts of 100 to 3,000 tokens, token by token against stock."""
-    from vllm_kvpca.evaluation import runs
+    from vllm_kvpca.lab import runs
 
     more: dict[str, Any] = {"kv_gib": kv_gib, "eager": eager, "seed": seed}
     records = runs.identity(model, preset, text, dtype, generated, **more)
@@ -129,7 +130,7 @@ def capacity(
     output: Output = RECORDS,
 ) -> None:
     """Tokens that fit into the same KV memory, as vLLM reports them, against stock."""
-    from vllm_kvpca.evaluation import runs
+    from vllm_kvpca.lab import runs
 
     more = {"compress_after": compress_after, "keep_recent": keep_recent}
     records = runs.capacity(model, preset, kv_gib, max_model_len, **more)
@@ -158,7 +159,7 @@ def memory(
     output: Output = RECORDS,
 ) -> None:
     """KV memory of one sequence over its length, from the page plan; starts no engine."""
-    from vllm_kvpca.evaluation.memory import measure
+    from vllm_kvpca.lab.measurements.memory import measure
 
     record = measure(model, format, max_model_len, compress_after, keep_recent)
     results: Any = record.results
@@ -188,7 +189,7 @@ def throughput(
     output: Output = RECORDS,
 ) -> None:
     """Prompt and decode tokens per second of concurrent requests, against stock."""
-    from vllm_kvpca.evaluation import runs
+    from vllm_kvpca.lab import runs
 
     more: dict[str, Any] = {
         "max_num_batched_tokens": max_num_batched_tokens,
@@ -224,7 +225,7 @@ def block_life(
     output: Output = RECORDS,
 ) -> None:
     """Blocks of both cache groups over the life of one request, against stock's."""
-    from vllm_kvpca.evaluation import runs
+    from vllm_kvpca.lab import runs
 
     more: dict[str, Any] = {
         "max_num_batched_tokens": max_num_batched_tokens,
@@ -244,7 +245,7 @@ def block_life(
 
 def write(records: Iterable[Record], output: Path, summary: Any) -> None:
     """Write each record as soon as it is there, and say in one line what it found."""
-    from vllm_kvpca.evaluation.record import source_state
+    from vllm_kvpca.lab.record import source_state
 
     source_state()  # the commit that the measurement begins with
     console = Console(soft_wrap=True, highlight=False)

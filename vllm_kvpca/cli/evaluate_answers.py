@@ -93,7 +93,8 @@ def _facts(
     output: Path,
     **chosen: Any,
 ) -> None:
-    from vllm_kvpca.evaluation import answer_runs, comparison
+    from vllm_kvpca.lab import against_stock as comparison
+    from vllm_kvpca.lab import answer_runs
 
     comparison.check_through(through)
     chosen |= _common(thresholds, resume, output, task)
@@ -124,7 +125,7 @@ def divergence(
     resume: Resume = False,
 ) -> None:
     """Tokens until greedy answers part from stock's, and how near a tie it was."""
-    from vllm_kvpca.evaluation import answer_runs
+    from vllm_kvpca.lab import answer_runs
 
     more: dict[str, Any] = {"dtype": dtype, "kv_gib": kv_gib, "eager": eager, "seed": seed}
     more |= _common(thresholds, resume, output, "divergence")
@@ -159,8 +160,8 @@ def tasks(
     resume: Resume = False,
 ) -> None:
     """Benchmarks of lm-eval (pip install 'vllm-kvpca[eval]') on the served engine."""
-    from vllm_kvpca.evaluation import answer_runs
-    from vllm_kvpca.evaluation.tasks import Chosen
+    from vllm_kvpca.lab import answer_runs
+    from vllm_kvpca.lab.measurements.tasks import Chosen
 
     names = tuple(name.strip() for name in tasks.split(",") if name.strip())
     chosen = Chosen(tasks=names, include_path=include_path, limit=limit, num_fewshot=num_fewshot)
@@ -184,7 +185,7 @@ def tasks(
 
 
 def _common(thresholds: list[str], resume: bool, output: Path, kind: str) -> dict[str, Any]:
-    from vllm_kvpca.evaluation import comparison
+    from vllm_kvpca.lab import against_stock as comparison
 
     return {
         "thresholds": [comparison.parse_thresholds(pair) for pair in thresholds],

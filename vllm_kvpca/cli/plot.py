@@ -25,8 +25,8 @@ def plot(
     ] = False,
 ) -> None:
     """Draw the figures for which there are records, for light and dark pages, as PNG."""
-    from vllm_kvpca.evaluation.record import load_all
-    from vllm_kvpca.plots.figures import draw_all, figures, missing, problems
+    from vllm_kvpca.lab.plots.figures import draw_all, figures, missing, problems
+    from vllm_kvpca.lab.record import load_all
 
     found = load_all(records)
     if check:

@@ -97,8 +97,8 @@ def _measured(row: dict[str, Any]) -> str:
 
 
 def _update(records: Path, check: bool) -> None:
-    from vllm_kvpca.evaluation.measured import files
-    from vllm_kvpca.evaluation.record import load_all
+    from vllm_kvpca.lab.docs.preset_cards import files
+    from vllm_kvpca.lab.record import load_all
 
     texts = files(load_all(records))
     stale = [path for path, text in texts.items() if not path.exists() or path.read_text() != text]

@@ -24,8 +24,8 @@ def tables(
     ] = False,
 ) -> None:
     """Write the result tables between their markers."""
-    from vllm_kvpca.evaluation.record import load_all
-    from vllm_kvpca.evaluation.tables import stale, update
+    from vllm_kvpca.lab.docs.tables import stale, update
+    from vllm_kvpca.lab.record import load_all
 
     paths = files or [path for path in FILES if path.exists()]
     found = load_all(records)

@@ -23,7 +23,7 @@ from vllm_kvpca.errors import CalibrationError, OptionsError
 
 if TYPE_CHECKING:
     from vllm_kvpca.calibration.collect import AttentionShape
-    from vllm_kvpca.evaluation.tune import Tuner
+    from vllm_kvpca.calibration.tune import Tuner
     from vllm_kvpca.preset import Preset
 
 
@@ -63,8 +63,15 @@ def tune(
     from vllm_kvpca.calibration import text as texts
     from vllm_kvpca.calibration.card import Source
     from vllm_kvpca.calibration.collect import attention_shape
-    from vllm_kvpca.evaluation.record import fingerprint, make_record
-    from vllm_kvpca.evaluation.tune import Target, Tuner, candidates, choose, key_of, moments_wanted
+    from vllm_kvpca.calibration.tune import (
+        Target,
+        Tuner,
+        candidates,
+        choose,
+        key_of,
+        moments_wanted,
+    )
+    from vllm_kvpca.lab.record import fingerprint, make_record
 
     target = Target(target_ratio, target_ppl_delta)
     if (output / CONFIG_FILE).exists() and not overwrite:
@@ -168,7 +175,7 @@ def _measured(
 def _save(output: Path, tuner: Tuner, chosen: Preset, source: Any, measured_on: int) -> None:
     from vllm_kvpca.calibration.card import write_card
     from vllm_kvpca.calibration.fit import band_energy
-    from vllm_kvpca.evaluation.cells import change
+    from vllm_kvpca.lab.cells import change
     from vllm_kvpca.preset import save_preset
 
     measured = (

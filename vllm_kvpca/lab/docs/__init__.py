@@ -1,0 +1,1 @@
+"""Pages and files made from code and records; each command has --check."""
