@@ -22,9 +22,12 @@ from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.request import Request, RequestStatus
 
+from vllm_kvpca.codec.bands import Band
 from vllm_kvpca.pages.block_sizes import PagePlan
 from vllm_kvpca.pages.boundary import Policy
-from vllm_kvpca.serving.cache.managers import ArchiveSpec, RecentSpec, register_specs
+from vllm_kvpca.pages.layer_plan import LayerPlan, Stream
+from vllm_kvpca.serving.cache.managers import register_specs
+from vllm_kvpca.serving.cache.specs import ArchiveSpec, RecentSpec
 from vllm_kvpca.serving.step.batch import Bucket, Step, StepInput, plan_step
 
 HEAD_SIZE = 8
@@ -41,26 +44,23 @@ def make_specs(
     plan: PagePlan, compress_after: int, keep_recent: int, batches: int = 1
 ) -> tuple[RecentSpec, ArchiveSpec]:
     """Specs of both groups for a page plan; their pages have equal bytes."""
+    # Few bytes, so that any archive block fits: no page is ever filled here.
+    streams = (
+        Stream("k", HEAD_SIZE, (Band(HEAD_SIZE, 4),), "identity"),
+        Stream("v", HEAD_SIZE, (Band(HEAD_SIZE, 0),), "identity"),
+    )
+    layer = LayerPlan(
+        streams, torch.bfloat16, plan.raw_block, plan.archive_block, compress_after, keep_recent
+    )
     common = {
         "num_kv_heads": 1,
         "head_size": HEAD_SIZE,
         "dtype": torch.bfloat16,
-        "compress_after": compress_after,
-        "keep_recent": keep_recent,
-        "base_align": plan.align,
+        "planned": layer,
         "max_model_len": 0,
     }
-    recent = RecentSpec(
-        block_size=plan.raw_block, base_block=plan.raw_block, batches=batches, **common
-    )
-    archive = ArchiveSpec(
-        block_size=plan.archive_block,
-        base_block=plan.archive_block,
-        state_content_bytes=recent.page_size_bytes // plan.archive_block // 2 * 2,
-        page_bytes=recent.page_size_bytes,
-        **common,
-    )
-    return recent, archive
+    recent = RecentSpec(block_size=plan.raw_block, batches=batches, **common)
+    return recent, ArchiveSpec(block_size=plan.archive_block, **common)
 
 
 def make_manager(

@@ -9,9 +9,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -25,6 +27,7 @@ from vllm_kvpca.codec.basis import (
     orthonormality_error,
 )
 from vllm_kvpca.errors import PresetInvalid, PresetMismatch, PresetNotFound
+from vllm_kvpca.pages.layer_plan import Stream
 from vllm_kvpca.pages.layout import ArchiveLayout
 from vllm_kvpca.preset.forks import one_thread
 from vllm_kvpca.preset.formats import FORMATS, RECOMMENDED
@@ -59,6 +62,26 @@ class Preset:
         """Page layout for one head dimension; `block_size` does not change the ratios."""
         k, v = self.config.k.resolve(head_dim), self.config.v.resolve(head_dim)
         return ArchiveLayout(head_dim, block_size, k, v)
+
+    def streams(self, head_dim: int) -> tuple[Stream, Stream]:
+        """K's and V's stream of every layer with this head dimension."""
+        k, v = (self._stream(which, head_dim) for which in "kv")
+        return k, v
+
+    def _stream(self, which: str, head_dim: int) -> Stream:
+        tensor_format: TensorFormat = getattr(self.config, which)
+        basis: str = tensor_format.basis
+        if tensor_format.calibrated:
+            basis = f"{basis}:{self._digests[which]}"
+        return Stream(which, head_dim, tensor_format.resolve(head_dim), basis)
+
+    @cached_property
+    def _digests(self) -> dict[str, str]:
+        """Of the fitted bases of all layers."""
+        return {
+            which: hashlib.sha256(basis.numpy().tobytes()).hexdigest()[:16]
+            for which, basis in self.bases.items()
+        }
 
     def basis(self, which: str, layer: int, heads: list[int], head_dim: int) -> torch.Tensor | None:
         """Bases of one layer's local KV heads.

@@ -80,7 +80,7 @@ def _plugin() -> str:
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
     from vllm.v1.kv_cache_spec_registry import _REGISTRY_KVCACHESPEC_LIST
 
-    from vllm_kvpca.serving.cache.managers import ArchiveSpec, RecentSpec
+    from vllm_kvpca.serving.cache.specs import ArchiveSpec, RecentSpec
     from vllm_kvpca.serving.register import BACKEND_PATH, register
 
     register()

@@ -1,100 +1,21 @@
-"""The two cache groups of a compressed attention layer, and the managers of their blocks.
-
-Group R (RecentSpec) holds raw tokens and behaves like a sliding window; group C
-(ArchiveSpec) holds archived tokens and behaves like full attention. Both follow
-`pages.boundary.boundary`: archive [0, boundary(n)), recent [boundary(n), n). Pages of both
-have equal bytes, so vLLM's block pool serves them alike.
-"""
+"""The managers of both groups' blocks, in vLLM's scheduler."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from vllm.utils.math_utils import cdiv
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
-from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheSpec
+from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from vllm_kvpca.errors import OptionsError
-from vllm_kvpca.pages.block_sizes import decoding_blocks, peak_raw_blocks
 from vllm_kvpca.pages.boundary import Policy
 from vllm_kvpca.serving.cache.prefix_hits import GroupView, joint_hit
-
-
-@dataclass(frozen=True, kw_only=True)
-class _AdaptiveSpec:
-    """What both specs know of the boundary.
-
-    vLLM may scale `block_size` to equalize pages with layers of other kinds; `base_block`
-    and `base_align` keep the planned values, so that the boundary scales along.
-    """
-
-    block_size: int
-    compress_after: int
-    keep_recent: int
-    base_block: int
-    base_align: int
-    max_model_len: int
-
-    @property
-    def policy(self) -> Policy:
-        scale = self.block_size // self.base_block
-        return Policy(self.compress_after, self.keep_recent, self.base_align * scale)
-
-    def peak_blocks(self, num_tokens: int) -> int:
-        """Most blocks of this group that one sequence of so many tokens ever holds."""
-        raise NotImplementedError
-
-
-@dataclass(frozen=True, kw_only=True)
-class RecentSpec(_AdaptiveSpec, AttentionSpec):
-    """Group R: raw K and V of the tokens in [boundary(n), n)."""
-
-    batches: int = 1
-    """Steps in flight at a time (VllmConfig.max_concurrent_batches)."""
-
-    def peak_blocks(self, num_tokens: int) -> int:
-        return peak_raw_blocks(self.policy, self.block_size, num_tokens, self.batches)
-
-    def max_memory_usage_bytes(self, vllm_config: Any) -> int:
-        """What a decoding sequence holds; the tails that prefill leaves for a moment are in
-        `peak_blocks`, which admission and the check at start go by."""
-        longest = vllm_config.model_config.max_model_len
-        archived = self.policy.boundary(longest) // self.policy.align
-        blocks = decoding_blocks(self.policy, self.block_size, longest) - archived
-        return blocks * self.page_size_bytes
-
-
-@dataclass(frozen=True, kw_only=True)
-class ArchiveSpec(_AdaptiveSpec, FullAttentionSpec):
-    """Group C: archived tokens in [0, boundary(n)).
-
-    A FullAttentionSpec, because vLLM's coordinator asks full attention first for
-    prefix-cache hits. `page_bytes` is the page of `base_block` archived tokens.
-    """
-
-    page_bytes: int
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        wanted = self.page_bytes * (self.block_size // self.base_block)
-        padded = max(wanted, self.page_size_padded or 0)
-        object.__setattr__(self, "page_size_padded", padded)
-
-    def peak_blocks(self, num_tokens: int) -> int:
-        return cdiv(self.policy.boundary(num_tokens), self.block_size)
-
-    def max_memory_usage_bytes(self, vllm_config: Any) -> int:
-        return self.peak_blocks(vllm_config.model_config.max_model_len) * self.page_size_bytes
-
-    @classmethod
-    def merge(cls, specs: list[ArchiveSpec]) -> ArchiveSpec:
-        # FullAttentionSpec.merge rebuilds the spec from its own fields and would lose ours.
-        return KVCacheSpec.merge.__func__(cls, specs)
+from vllm_kvpca.serving.cache.specs import ArchiveSpec, RecentSpec
 
 
 class _GroupManager(SingleTypeKVCacheManager):

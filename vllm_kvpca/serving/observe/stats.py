@@ -15,7 +15,8 @@ from typing import Any
 from vllm.utils.math_utils import cdiv
 
 from vllm_kvpca.metrics import METRICS
-from vllm_kvpca.serving.cache.managers import ArchiveManager, ArchiveSpec, RecentManager, RecentSpec
+from vllm_kvpca.serving.cache.managers import ArchiveManager, RecentManager
+from vllm_kvpca.serving.cache.specs import ArchiveSpec, RecentSpec
 from vllm_kvpca.serving.observe.times import SampleFetcher
 
 COUNTERS = tuple(metric.key for metric in METRICS if metric.kind == "counter")

@@ -21,7 +21,7 @@ from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from vllm_kvpca.pages.block_sizes import BLOCK_STEP
-from vllm_kvpca.serving.cache.managers import ArchiveSpec, RecentSpec
+from vllm_kvpca.serving.cache.specs import ArchiveSpec, RecentSpec
 from vllm_kvpca.serving.log import logger
 from vllm_kvpca.serving.settings.options import CompressionOptions
 from vllm_kvpca.serving.step.attention import KvpcaAttentionImpl

@@ -7,6 +7,8 @@ them owns the archive spec.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,9 +24,10 @@ from vllm.platforms import current_platform
 from vllm_kvpca.errors import UnsupportedError
 from vllm_kvpca.ops.layer_codec import LayerCodec
 from vllm_kvpca.pages.block_sizes import RAW_BLOCKS, PagePlan, plan_pages
+from vllm_kvpca.pages.layer_plan import LayerPlan
 from vllm_kvpca.pages.layout import ArchiveLayout, raw_token_bytes
 from vllm_kvpca.preset import Preset
-from vllm_kvpca.serving.cache.managers import ArchiveSpec, RecentSpec
+from vllm_kvpca.serving.cache.specs import ArchiveSpec, RecentSpec
 from vllm_kvpca.serving.observe.times import timer
 from vllm_kvpca.serving.settings.options import CompressionOptions, cached_preset
 
@@ -84,32 +87,19 @@ def attach_archive(impl: KvpcaAttentionImpl, vllm_config: Any) -> ArchiveLayer:
     options = CompressionOptions.of(vllm_config)
     assert options is not None
     preset = cached_preset(options.preset)
-    content_bytes = preset.layout(layer.head_size).content_bytes
-    plan = page_plan(vllm_config, options, content_bytes, layer.head_size)
-    codec = _layer_codec(preset, name, layer, vllm_config, plan.archive_block)
+    plan = layer_plan(vllm_config, options, preset, layer)
+    codec = _layer_codec(preset, name, layer, vllm_config, plan)
     common = {
         "num_kv_heads": layer.num_kv_heads,
         "head_size": layer.head_size,
         # Equal dtypes: vLLM zeroes the blocks of groups whose dtypes differ.
-        "dtype": layer.kv_cache_torch_dtype,
-        "compress_after": options.compress_after,
-        "keep_recent": options.keep_recent,
-        "base_align": plan.align,
+        "dtype": plan.dtype,
+        "planned": plan,
         "max_model_len": vllm_config.model_config.max_model_len,
     }
-    recent = RecentSpec(
-        block_size=plan.raw_block,
-        base_block=plan.raw_block,
-        batches=vllm_config.max_concurrent_batches,
-        **common,
-    )
-    spec = ArchiveSpec(
-        block_size=plan.archive_block,
-        base_block=plan.archive_block,
-        state_content_bytes=content_bytes,
-        page_bytes=recent.page_size_bytes,
-        **common,
-    )
+    batches = vllm_config.max_concurrent_batches
+    recent = RecentSpec(block_size=plan.raw_block, batches=batches, **common)
+    spec = ArchiveSpec(block_size=plan.archive_block, **common)
     # On this instance only: other Attention layers of the model keep their own spec.
     layer.get_kv_cache_spec = lambda vllm_config: recent
     archive = ArchiveLayer(spec, codec, layer.num_heads)
@@ -118,8 +108,32 @@ def attach_archive(impl: KvpcaAttentionImpl, vllm_config: Any) -> ArchiveLayer:
     return archive
 
 
+def layer_plan(
+    vllm_config: Any, options: CompressionOptions, preset: Preset, layer: Any
+) -> LayerPlan:
+    """The plan of a layer, before vLLM equalizes pages with layers of other kinds."""
+    head_size = layer.head_size
+    blocks = page_plan(vllm_config, options, preset.layout(head_size).content_bytes, head_size)
+    return LayerPlan(
+        streams=preset.streams(head_size),
+        dtype=layer.kv_cache_torch_dtype,
+        raw_block=blocks.raw_block,
+        archive_block=blocks.archive_block,
+        compress_after=options.compress_after,
+        keep_recent=options.keep_recent,
+        model=config_digest(vllm_config.model_config.hf_text_config),
+    )
+
+
+def config_digest(config: Any) -> str:
+    """Of a model's configuration, wherever it was read from."""
+    values = {key: value for key, value in config.to_dict().items() if not key.startswith("_")}
+    text = json.dumps(values, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def _layer_codec(
-    preset: Preset, name: str, layer: Any, vllm_config: Any, block_size: int
+    preset: Preset, name: str, layer: Any, vllm_config: Any, plan: LayerPlan
 ) -> LayerCodec:
     total = vllm_config.model_config.get_total_num_kv_heads()
     heads = local_kv_heads(
@@ -131,8 +145,7 @@ def _layer_codec(
     for which in "kv":
         basis = preset.basis(which, index, heads, layer.head_size)
         bases[f"{which}_basis"] = None if basis is None else basis.to(device)
-    layout = preset.layout(layer.head_size, block_size)
-    return LayerCodec(layout, dtype=layer.kv_cache_torch_dtype, **bases)
+    return LayerCodec(plan.archive, dtype=plan.dtype, **bases)
 
 
 def local_kv_heads(total: int, rank: int, world: int) -> list[int]:
