@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_kvpca.codec import Band, decode_bands, encode_bands, resolve_bands
-from vllm_kvpca.codec.bands import code_bytes, num_scales, stored_width
+from vllm_kvpca.codec.bands import code_bytes, narrow, num_scales, stored_width
 from vllm_kvpca.errors import LayoutError
 
 HEAD_DIMS = [64, 80, 96, 112, 128, 256]
@@ -224,3 +224,78 @@ def test_known_band_widths():
 def test_shares_that_cannot_be_laid_out_are_refused(shares, head_dim, words):
     with pytest.raises(LayoutError, match=words):
         resolve_bands(shares, head_dim)
+
+
+# --- the whole range of a dtype -------------------------------------------------------------
+
+DTYPES = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32}
+TINY = 127 * 2.0**-134
+"""A scale is off by half of the least bfloat16 or less, times the largest code."""
+
+
+def of_bits(patterns: list[int], dtype: torch.dtype) -> torch.Tensor:
+    """The values of these bit patterns; NaN and infinity become the dtype's largest."""
+    most = torch.finfo(dtype).max
+    x = torch.tensor(patterns, dtype=torch.int64).to(DTYPES[dtype]).view(dtype)
+    return x.nan_to_num(nan=most, posinf=most, neginf=-most)
+
+
+@st.composite
+def any_components(draw, dtype: torch.dtype) -> tuple[torch.Tensor, tuple[Band, ...]]:
+    """One vector of any finite values, drawn by their bits so that every size is as likely."""
+    bands = draw(bands_of_any_kind)
+    size = 8 * dtype.itemsize
+    anything = st.integers(0, 2**size - 1)
+    # The last 64 patterns below infinity, of both signs: there rounding leaves the dtype.
+    top = int(torch.tensor(torch.finfo(dtype).max, dtype=dtype).view(DTYPES[dtype]))
+    large = st.integers(top - 63, top).flatmap(lambda x: st.sampled_from([x, x + 2 ** (size - 1)]))
+    width = sum(band.width for band in bands)
+    one = st.one_of(anything, large)
+    return of_bits(draw(st.lists(one, min_size=width, max_size=width)), dtype), bands
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.data())
+@pytest.mark.parametrize("dtype", list(DTYPES), ids=str)
+def test_every_finite_vector_comes_back_finite_and_near(dtype, data):
+    y, bands = data.draw(any_components(dtype))
+    codes, scales = encode_bands(y, bands)
+    decoded = decode_bands(codes, scales, bands, raw_dtype=dtype)
+    assert scales.isfinite().all() and decoded.isfinite().all()
+    cast = narrow(decoded, dtype)
+    assert cast.isfinite().all()
+    start = column = index = 0
+    for band in bands:
+        if band.bits:
+            x = y[start : start + band.width].double()
+            got = decoded[column : column + band.width].double()
+            out = cast[column : column + band.width].double()
+            if band.bits == 16:
+                assert torch.equal(out, x)
+            else:
+                # 8 bits: half a step, and the largest value is 2^-8 of itself beyond the last
+                # code; 4 bits: the side on which the last code is 7 and values reach 8 steps.
+                steps = 1.0 if band.bits == 8 else 1.04
+                limit = scales[index].double().abs() * steps + TINY
+                assert ((got - x).abs() <= limit).all()
+                # The end of the dtype brings a value nearer, never further away.
+                rounding = torch.finfo(dtype).eps * got.abs() + torch.finfo(dtype).smallest_normal
+                assert ((out - x).abs() <= limit + rounding).all()
+                index += 1
+            column += band.width
+        start += band.width
+
+
+@pytest.mark.parametrize("value", [65_280.0, 65_504.0, -65_504.0])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_float16_ends_where_it_ends(value, bits):
+    y = torch.full((8,), value).half()
+    decoded = narrow(decode_bands(*encode_bands(y, [Band(8, bits)]), [Band(8, bits)],
+                                  raw_dtype=y.dtype), y.dtype)  # fmt: skip
+    assert decoded.isfinite().all()
+    assert ((decoded.float() - value).abs() <= 256).all()
+
+
+def test_narrow_keeps_nan_and_ordinary_values():
+    x = torch.tensor([float("nan"), 1.5, -65_504.0, 70_000.0, float("-inf")])
+    assert str(narrow(x, torch.float16).tolist()) == "[nan, 1.5, -65504.0, 65504.0, -65504.0]"

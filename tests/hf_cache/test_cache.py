@@ -159,6 +159,69 @@ def test_below_compress_after_it_is_dynamic_cache_bit_for_bit(model):
     assert torch.equal(*outputs)
 
 
+# --- gradients ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["raw", "k8v8", "k8v4", "calibrated"])
+@pytest.mark.parametrize("adaptive", [True, False])
+def test_a_forward_pass_may_record_gradients(name, adaptive, model, calibrated):
+    """The same logits as without, and nothing stored belongs to a graph or keeps one alive."""
+    ids = torch.arange(3, 103)[None]
+    logits = []
+    for recording in (True, False):
+        preset = calibrated if name == "calibrated" else name
+        cache = load_preset_cache(preset, 3, adaptive=adaptive, **ARCHIVING)
+        with torch.set_grad_enabled(recording):
+            parts = [model(part, past_key_values=cache).logits for part in ids.split(30, 1)]
+        logits.append(torch.cat(parts, 1))
+        assert cache.layers[0].archived > 30
+        for layer in cache.layers:
+            for archive in (layer.k_archive, layer.v_archive):
+                assert not archive.codes.requires_grad and not archive.scales.requires_grad
+            for recent in (layer.keys, layer.values):
+                assert not recent.requires_grad and recent.grad_fn is None
+    assert torch.equal(*logits)
+    assert logits[0].requires_grad
+
+
+def test_gradients_flow_to_new_tokens_and_stored_ones_are_constants():
+    """Against attention over the same K and V in plain torch."""
+    cache = load_preset_cache("k8v4", 1, **ARCHIVING)
+    old = [states(100, seed=s).float().requires_grad_() for s in (1, 2)]
+    cache.update(*old, 0)
+    new = [states(7, seed=s).float().requires_grad_() for s in (3, 4)]
+    query = states(7, seed=5).float().requires_grad_()
+    keys, values = cache.update(*new, 0)
+    wanted = torch.autograd.grad(_attended(query, keys, values), [query, *new])
+    past = [x[:, :, :100].detach() for x in (keys, values)]
+    again = [torch.cat([stored, x], 2) for stored, x in zip(past, new, strict=True)]
+    actual = torch.autograd.grad(_attended(query, *again), [query, *new])
+    for a, b in zip(actual, wanted, strict=True):
+        torch.testing.assert_close(a, b)
+        assert b.abs().sum() > 0
+    keys, values = cache.update(*(x.detach() for x in new), 0)
+    assert not keys.requires_grad and not values.requires_grad
+
+
+def _attended(*qkv: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.scaled_dot_product_attention(*qkv).square().sum()
+
+
+@pytest.mark.parametrize("name", ["k8v8", "k8v4", "calibrated"])
+def test_float16_stays_finite_up_to_its_end(name, calibrated):
+    preset = calibrated if name == "calibrated" else name
+    cache = load_preset_cache(preset, 3, adaptive=False)
+    large = torch.full((1, HEADS, 9, HEAD_DIM), 65_504.0).half()
+    large[:, :, ::2, ::3] = -65_300.0
+    for layer in range(3):
+        cache.update(large, large, layer)
+    keys, values = cache.update(*states(1, 1).half().repeat(2, 1, 1, 1, 1), 0)
+    for got in (keys, values):
+        assert got.isfinite().all()
+        error = (got[:, :, :9].float() - large.float()).norm() / large.float().norm()
+        assert error < 0.1
+
+
 # --- batches, crops, reset ------------------------------------------------------------------
 
 

@@ -20,6 +20,7 @@ from vllm_kvpca.ops import reference
 from vllm_kvpca.pages.boundary import Policy
 
 kernel = pytest.importorskip("vllm_kvpca.ops.archive.kernel", exc_type=ImportError)
+expand = pytest.importorskip("vllm_kvpca.ops.expand.kernel", exc_type=ImportError)
 
 RAW_BLOCK = 32
 BLOCK = 48
@@ -170,7 +171,7 @@ def archive_key(codec, key, device):
     """`key`, as K and V of a sequence's first tokens, archived by both."""
     step = step_tensors([(0, len(key), 0)], device)
     table = torch.ones(1, 1, dtype=torch.int32, device=device)
-    recent = torch.zeros(1, 1, RAW_BLOCK, 128, device=device).half()
+    recent = torch.zeros(1, 1, RAW_BLOCK, 128, device=device, dtype=key.dtype)
     wanted, actual = empty_pages(2, 1, codec, device)
     args = (recent, key, key, *step, table, table, EVERYTHING, codec)
     reference.archive_step(wanted, *args)
@@ -203,3 +204,44 @@ def test_no_sequences(device):
     none = (args[3][:1], args[4][:0], args[5][:0], args[6][:0], args[7][:0])
     archive(actual, (*args[:3], *none, *args[8:]))
     assert (actual == 0x77).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["k8v8", "plain-mixed"])
+def test_codes_at_the_end_of_the_dtype(name, dtype, device):
+    """Bit for bit where scales round up past it, and for the smallest values.
+
+    Subnormal ones in float16 alone: of bfloat16 the interpreter drops them.
+    """
+    codec = make_codec(name, 64, 1, dtype, device, BLOCK)
+    least, end = (0x80, 0x7F80) if dtype == torch.bfloat16 else (0, 0x7C00)
+    patterns = torch.arange(least, end, dtype=torch.int16)
+    key = torch.cat([patterns[:512], patterns[-1536:]]).view(dtype).view(32, 1, 64).to(device)
+    for sign in (1, -1):
+        archive_key(codec, sign * key, device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", list(FORMATS))
+def test_the_largest_values_come_back_finite(name, dtype, device):
+    """Through pages, both kernels and both references, whatever the basis."""
+    codec = make_codec(name, 64, 1, dtype, device, BLOCK)
+    most = torch.finfo(dtype).max
+    signs = torch.randint(0, 2, (32, 1, 64), generator=torch.Generator().manual_seed(1)) * 2 - 1
+    key = (signs * most).to(dtype).to(device)
+    key[0] = most
+    step = step_tensors([(0, 32, 0)], device)
+    table = torch.ones(1, 1, dtype=torch.int32, device=device)
+    recent = torch.zeros(2, 1, RAW_BLOCK, 128, device=device, dtype=dtype)
+    wanted, actual = empty_pages(2, 1, codec, device)
+    args = (recent, key, key, *step, table, table, EVERYTHING, codec)
+    reference.archive_step(wanted, *args)
+    archive(actual, args)
+    step = (*step_tensors([(32, 0, 32)], device), table, table)
+    offsets = torch.zeros(1, dtype=torch.int32, device=device)
+    for pages, gather in ((wanted, reference.gather), (actual, expand.gather)):
+        for region in (codec.layout.k_scales, codec.layout.v_scales):
+            assert codec.layout.scales(pages, region)[1, 0, :32].isfinite().all()
+        k, v = torch.full((2, 32, 1, 64), float("nan"), device=device, dtype=dtype)
+        gather(pages, recent, key[:0], key[:0], *step, offsets, 32, k, v, codec)
+        assert k.isfinite().all() and v.isfinite().all()

@@ -14,6 +14,14 @@ A component vector y (length = sum of the widths) is stored band by band:
 The scale is rounded to bfloat16 before the codes are computed from it, so decoding uses
 exactly the scale that encoding used.
 
+What is decoded is finite for every finite input. Rounding a scale up can carry its largest
+component past the end of the input's dtype (from 65,280 on in float16), and so does the error of
+the others behind a rotation. Two limits keep that from becoming infinity, and neither changes a
+byte or a value that an ordinary vector has: a scale is at most MAX_SCALE, so that products in
+float32 are finite, and `narrow` ends at the largest value of the dtype it casts to. A smaller
+scale where the dtype ends would not do: behind a basis the encoder does not know what the decoder
+will cast to, and 4-bit errors reach further than a scale is rounded.
+
 With codes in [-7, 7] and s = absmax / 7 the squared error of 64 Gaussian components is 29 % larger
 (docs/results.md has what that costs); ggml's Q4_0 takes the same step.
 """
@@ -34,6 +42,12 @@ RAW_BITS = 16
 RAW_BYTES = 2
 QUANTIZED = (8, 4)
 """Bit widths whose bands have a scale."""
+MAX_SCALE_BITS = {8: 0x7C01, 4: 0x7DFF}
+"""The largest bfloat16, as its bits, whose product with a code (127, -8) is finite in float32."""
+MAX_SCALE = {
+    bits: torch.tensor(pattern, dtype=torch.int16).view(torch.bfloat16).item()
+    for bits, pattern in MAX_SCALE_BITS.items()
+}
 WIDTH_STEP = 8
 """Band widths are multiples of this, which keeps every run of codes 4-byte aligned."""
 
@@ -133,11 +147,11 @@ def encode_bands(y: torch.Tensor, bands: Sequence[Band]) -> tuple[torch.Tensor, 
 
 def _quantize(y: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     if bits == 8:
-        scale = (y.abs().amax(-1, keepdim=True) / 127).to(SCALE_DTYPE)
+        scale = (y.abs().amax(-1, keepdim=True) / 127).to(SCALE_DTYPE).clamp_max_(MAX_SCALE[8])
         return _codes(y, scale, -127, 127).view(torch.uint8), scale
     most, least = y.amax(-1, keepdim=True), y.amin(-1, keepdim=True)
     extreme = torch.where(most > -least, most, least)
-    scale = (extreme * -0.125).to(SCALE_DTYPE)
+    scale = (extreme * -0.125).to(SCALE_DTYPE).clamp_(-MAX_SCALE[4], MAX_SCALE[4])
     scale = torch.where(scale == 0, torch.zeros_like(scale), scale)  # no -0: bits are compared
     low, high = _codes(y, scale, -8, 7).view(torch.uint8).chunk(2, -1)
     return (low & 15) | (high << 4), scale
@@ -147,6 +161,12 @@ def _codes(y: torch.Tensor, scale: torch.Tensor, low: int, high: int) -> torch.T
     # A zero vector has scale 0; dividing by 1 instead gives the codes 0 it needs.
     divisor = torch.where(scale == 0, torch.ones_like(scale), scale).float()
     return (y / divisor).round_().clamp_(low, high).to(torch.int8)
+
+
+def narrow(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A copy in `dtype` that ends at its largest value instead of in infinity; NaN stays NaN."""
+    most = torch.finfo(dtype).max
+    return x.clamp(-most, most).to(dtype)
 
 
 def signed_nibbles(codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -160,7 +180,6 @@ def decode_bands(
     bands: Sequence[Band],
     *,
     raw_dtype: torch.dtype,
-    dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     """Components from codes and scales; dropped components are left out.
 
@@ -168,12 +187,12 @@ def decode_bands(
         codes: (..., code_bytes) uint8.
         scales: (..., num_scales) bfloat16.
         raw_dtype: dtype of the 16-bit bands.
-        dtype: dtype of the result.
 
     Returns:
-        (..., stored_width) components in `dtype`.
+        (..., stored_width) components in float32; see `narrow` for a cast to less.
     """
-    out = torch.empty(*codes.shape[:-1], stored_width(bands), dtype=dtype, device=codes.device)
+    shape = (*codes.shape[:-1], stored_width(bands))
+    out = torch.empty(shape, dtype=torch.float32, device=codes.device)
     byte = column = index = 0
     for band in bands:
         size = band.width * raw_dtype.itemsize if band.bits == RAW_BITS else band.code_bytes
@@ -182,7 +201,7 @@ def decode_bands(
         if band.bits == RAW_BITS:
             target.copy_(part.contiguous().view(raw_dtype))
         elif band.bits:
-            scale = scales[..., index : index + 1].to(dtype)
+            scale = scales[..., index : index + 1].float()
             if band.bits == 8:
                 torch.mul(part.view(torch.int8), scale, out=target)
             else:

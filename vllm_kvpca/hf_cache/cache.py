@@ -6,6 +6,9 @@
 It saves memory, not time: attention is transformers' own and needs K and V in the model's dtype,
 so each layer restores its archive in each forward pass. One layer's expansion at a time is the
 peak beside the archive.
+
+Forward passes may run with or without `torch.no_grad()`; stored tokens are constants to
+automatic differentiation (see hf_cache.layer).
 """
 
 from __future__ import annotations

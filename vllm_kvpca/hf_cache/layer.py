@@ -2,8 +2,12 @@
 
 A forward pass attends to what was archived before it, restored, to the recent tokens and to its
 own new tokens, both raw; then the tokens below the new boundary are archived. The server does
-the same (serving/batch.py), so both give a token the same precision at the same time, except
+the same (serving/step/batch.py), so both give a token the same precision at the same time, except
 that the server's boundary moves in the steps of its blocks.
+
+Gradients flow to the K and V of the tokens of one forward pass, through attention to them. What is
+stored, archived and recent alike, is a constant to later passes: rounding has no gradient, and a
+graph kept with it would hold every raw token that the archive is there to save.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicLayer
 
+from vllm_kvpca.codec.bands import narrow
 from vllm_kvpca.errors import UnsupportedError
 from vllm_kvpca.ops.layer_codec import LayerCodec
 from vllm_kvpca.pages.boundary import Policy
@@ -29,6 +34,8 @@ BatchMap = Callable[[torch.Tensor], torch.Tensor]
 
 class Archive:
     """The archived tokens of one layer's K or V. Tokens are appended and never encoded again.
+
+    Nothing of it belongs to a graph of automatic differentiation.
 
     Attributes:
         codes: (batch, tokens, kv_heads, code_bytes) uint8.
@@ -59,7 +66,7 @@ class Archive:
             part = slice(first, first + RESTORE_CHUNK)
             y = self.codec.decode(self.codes[:, part], self.scales[:, part], self.which)
             x = self.codec.restore(y.flatten(0, 1), self.which).unflatten(0, y.shape[:2])
-            out[:, :, part] = x.transpose(1, 2)
+            out[:, :, part] = narrow(x.transpose(1, 2), out.dtype)
 
     def crop(self, tokens: int) -> None:
         """Keep the first `tokens` tokens; the others' memory is given back."""
@@ -70,7 +77,7 @@ class Archive:
         self.codes, self.scales = change(self.codes), change(self.scales)
 
     def _encode(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        rows = states.transpose(1, 2)  # (batch, tokens, kv_heads, head_dim)
+        rows = states.detach().transpose(1, 2)  # (batch, tokens, kv_heads, head_dim)
         codes, scales = self.codec.encode(rows.flatten(0, 1), self.which)
         return codes.unflatten(0, rows.shape[:2]), scales.unflatten(0, rows.shape[:2])
 
@@ -109,7 +116,8 @@ class CompressedLayer(DynamicLayer):
         _, heads, _, head_dim = key_states.shape
         codec = self._make_codec(heads, head_dim, key_states.dtype, key_states.device)
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys, self.values = key_states[:, :, :0].clone(), value_states[:, :, :0].clone()
+        self.keys = key_states[:, :, :0].detach().clone()
+        self.values = value_states[:, :, :0].detach().clone()
         self.k_archive = Archive(codec, "k", key_states)
         self.v_archive = Archive(codec, "v", value_states)
         self.is_initialized = True
@@ -123,7 +131,8 @@ class CompressedLayer(DynamicLayer):
             key_states, value_states: (batch, kv_heads, new tokens, head_dim).
 
         Returns:
-            K and V, (batch, kv_heads, all tokens, head_dim): restored, then raw.
+            K and V, (batch, kv_heads, all tokens, head_dim): restored, then raw. Only the new
+            tokens have gradients.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -136,9 +145,7 @@ class CompressedLayer(DynamicLayer):
         if last > first:
             self.k_archive.append(keys[:, :, first:last])
             self.v_archive.append(values[:, :, first:last])
-        # A view would keep the whole expansion alive.
-        self.keys = keys[:, :, last:].clone() if last else keys
-        self.values = values[:, :, last:].clone() if last else values
+        self.keys, self.values = _kept(keys, last), _kept(values, last)
         return keys, values
 
     def get_seq_length(self) -> int:
@@ -185,6 +192,13 @@ class CompressedLayer(DynamicLayer):
         self.k_archive.map_batch(change)
         self.v_archive.map_batch(change)
         self.keys, self.values = change(self.keys), change(self.values)
+
+
+def _kept(states: torch.Tensor, first: int) -> torch.Tensor:
+    """Tokens from `first` on, to be stored: without their graph, and if they are not all, without
+    the memory of the others, which a view would keep alive."""
+    states = states.detach()
+    return states[:, :, first:].clone() if first else states
 
 
 def _join(archive: Archive, recent: torch.Tensor, new: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ from functools import cache
 import torch
 
 from vllm_kvpca.codec.bands import Band, decode_bands, encode_bands
-from vllm_kvpca.codec.basis import encoder
+from vllm_kvpca.codec.basis import ROTATED_RANGE, encoder
 from vllm_kvpca.pages.layout import ArchiveLayout
 
 
@@ -46,7 +46,8 @@ class LayerCodec:
         """
         basis = self.k_encoder if which == "k" else self.v_basis
         if basis is not None:
-            x = torch.einsum("thd,hdc->thc", x.float(), basis)
+            x = x.float().clamp(-ROTATED_RANGE, ROTATED_RANGE)
+            x = torch.einsum("thd,hdc->thc", x, basis)
         return encode_bands(x, self.bands(which))
 
     def decode(self, codes: torch.Tensor, scales: torch.Tensor, which: str) -> torch.Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 
+from vllm_kvpca.codec.bands import narrow
 from vllm_kvpca.ops.attend import components
 from vllm_kvpca.ops.attend.softmax import (
     Partial,
@@ -137,7 +138,7 @@ def gather(
     for which, out, scales_at in (("k", out_k, layout.k_scales), ("v", out_v, layout.v_scales)):
         codes = layout.load_codes(pages, which, block, offset)
         scales = layout.scales(pages, scales_at)[block, :, offset]
-        out[rows] = codec.restore(codec.decode(codes, scales, which), which).to(out.dtype)
+        out[rows] = narrow(codec.restore(codec.decode(codes, scales, which), which), out.dtype)
 
     sequence, position = _ranges(starts, computed)
     rows = offsets[sequence] + position

@@ -13,6 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_kvpca.codec.bands import MAX_SCALE_BITS
+from vllm_kvpca.codec.basis import ROTATED_RANGE
 from vllm_kvpca.ops.band_table import check_last_dim, checked_basis, code_rows, layout_constants
 from vllm_kvpca.ops.dependent_launch import follow_previous, launch_options, overlaps
 from vllm_kvpca.ops.layer_codec import LayerCodec
@@ -25,6 +27,8 @@ DECODE_TILES = 8
 """Programs for each sequence, head and tensor in a decode step; they loop if work remains."""
 MAX_TILES = 128
 """The most in any step: prompts of 2,000 tokens and more fill a GPU anyway."""
+MAX_SCALES = tl.constexpr((MAX_SCALE_BITS[8], MAX_SCALE_BITS[4]))
+RANGE = tl.constexpr(ROTATED_RANGE)
 SLOTS = 8
 """Sequences that are archived at a time; programs loop if more are listed."""
 
@@ -316,7 +320,7 @@ def _encode_band(
         _put(code_rows(page, token, CODES, byte, raw_type), CODES, y.to(raw_type), mask, valid)
     elif bits == 8:
         y, mask = _components(source, basis, column, width, HEAD_DIM, CHUNK, TILE)
-        scale, divisor = _scale(tl.div_rn(tl.max(tl.abs(y), 1), 127.0))
+        scale, divisor = _scale(tl.div_rn(tl.max(tl.abs(y), 1), 127.0), MAX_SCALES[0])
         tl.store(scales, scale, mask=valid)
         code = _round(y, divisor, -127.0, 127.0).to(tl.uint8)
         _put(code_rows(page, token, CODES, byte, tl.uint8), CODES, code, mask, valid)
@@ -326,7 +330,8 @@ def _encode_band(
         high, _ = _components(source, basis, column + half, half, HEAD_DIM, CHUNK, TILE)
         most = tl.max(tl.maximum(low, high), 1)
         least = tl.min(tl.minimum(low, high), 1)
-        scale, divisor = _scale(tl.where(most > -least, most, least) * -0.125)
+        extreme = tl.where(most > -least, most, least)
+        scale, divisor = _scale(extreme * -0.125, MAX_SCALES[1])
         tl.store(scales, scale, mask=valid)
         code = (_round(low, divisor, -8.0, 7.0) & 15) | (_round(high, divisor, -8.0, 7.0) << 4)
         code = (code & 255).to(tl.uint8)
@@ -359,6 +364,8 @@ def _components(
         for first in range(0, HEAD_DIM, CHUNK):
             rows = first + tl.arange(0, CHUNK)
             x = _load(source, rows, rows < HEAD_DIM)
+            if source[1].dtype.element_ty != tl.float16:  # which ends below
+                x = tl.clamp(x, -RANGE, RANGE, propagate_nan=tl.PropagateNan.ALL)
             cells = rows[:, None] * HEAD_DIM + (column + columns)[None, :]
             b = tl.load(basis + cells, (rows < HEAD_DIM)[:, None] & mask[None, :], 0.0)
             # Three tf32 products: x (bf16 or fp16) is exact in tf32, B is split into two tf32
@@ -379,16 +386,22 @@ def _load(source, columns, mask):
 
 
 @triton.jit
-def _scale(exact):
+def _scale(exact, MAX: tl.constexpr):
     """The scale rounded to bfloat16, never -0, and what to divide by: 1 for a zero vector.
 
-    The rounding (ties to even) is spelled out because Triton's interpreter truncates.
+    The rounding (ties to even) is spelled out because Triton's interpreter truncates. MAX is the
+    largest magnitude's bits; NaN, whose bits are larger than infinity's, is left.
     """
     bits = exact.to(tl.uint32, bitcast=True)
-    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    size = bits & 0x7FFFFFFF
+    rounded = tl.minimum((size + 0x7FFF + ((size >> 16) & 1)) >> 16, MAX)
+    # NaN must not become a scale that looks sound.
+    bits = tl.where(size > 0x7F800000, 0x7FC0, rounded) | (bits >> 31 << 15)
     bits = tl.where(bits == 0x8000, 0, bits)
     scale = bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    return scale, tl.where(bits == 0, 1.0, scale.to(tl.float32))
+    # The interpreter's cast from bfloat16 would drop subnormal scales.
+    divisor = (bits << 16).to(tl.float32, bitcast=True)
+    return scale, tl.where(bits == 0, 1.0, divisor)
 
 
 @triton.jit

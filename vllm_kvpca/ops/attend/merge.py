@@ -10,6 +10,7 @@ import triton.language as tl
 
 from vllm_kvpca.ops.attend.products import capped, fold, unfold
 from vllm_kvpca.ops.dependent_launch import wait_for_previous
+from vllm_kvpca.ops.narrow import narrow
 
 
 @triton.jit
@@ -135,4 +136,4 @@ def merge_kernel(
             result += rotated
     else:
         result += components
-    tl.store(out_at, result.to(out.dtype.element_ty), mask)
+    tl.store(out_at, narrow(result, out.dtype.element_ty), mask)

@@ -13,6 +13,7 @@ import triton.language as tl
 
 from vllm_kvpca.ops.band_table import check_last_dim, checked_basis, code_rows, layout_constants
 from vllm_kvpca.ops.layer_codec import LayerCodec
+from vllm_kvpca.ops.narrow import narrow
 
 ARCHIVE_TILE = 64
 """Archived tokens of one program: they share one pass over the basis, which stays in L2."""
@@ -206,11 +207,11 @@ def _expand_band(
         code = _codes(page, token, columns, mask, CODES, BANDS[INDEX][3], tl.uint8)
         if bits == 8:
             x = code.to(tl.int8, bitcast=True).to(tl.float32) * scale
-            tl.store(target, x.to(kind), mask=mask)
+            tl.store(target, narrow(x, kind), mask=mask)
         else:
             low, high = _nibbles(code)
-            tl.store(target, (low * scale).to(kind), mask=mask)
-            tl.store(target + run, (high * scale).to(kind), mask=mask)
+            tl.store(target, narrow(low * scale, kind), mask=mask)
+            tl.store(target + run, narrow(high * scale, kind), mask=mask)
 
 
 @triton.jit
@@ -252,7 +253,7 @@ def _rotate(
             acc += part
     column = tl.arange(0, WIDTH)[None, :]
     mask = source[2][:, None] & (column < HEAD_DIM)
-    tl.store(out[:, None] + column, acc.to(out.dtype.element_ty), mask=mask)
+    tl.store(out[:, None] + column, narrow(acc, out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
