@@ -27,7 +27,7 @@ from codec_options import OPTIONS, Option
 from codec_peers import PEERS
 from codec_quantizers import Quantizer, Statistics, parse
 
-from vllm_kvpca.calibration import statistics as measures
+from vllm_kvpca.calibration import statistics
 from vllm_kvpca.lab import texts
 from vllm_kvpca.lab.record import RECORDS, make_record
 
@@ -114,9 +114,9 @@ class Reference:
             same += (p.argmax(-1) == q.argmax(-1)).float().mean().item()
             kl += q.sub_(p).mul_(p.exp_()).sum(-1).double().mean().item()
         other = np.stack(target)
-        low, high = measures.bootstrap_change(self.target, other, self.seed)
+        low, high = statistics.bootstrap_change(self.target, other, self.seed)
         return {
-            "perplexity_change": measures.perplexity_change(self.target, other),
+            "perplexity_change": statistics.perplexity_change(self.target, other),
             "perplexity_change_ci95": [low, high],
             "kl_mean_nats": -kl / len(self.windows),
             "top1_agreement": same / len(self.windows),
@@ -154,7 +154,7 @@ def main() -> None:
     count = max(1, chosen.tokens // chosen.window)
     windows = texts.windows(model.tokenizer, files, count, chosen.window)
     reference = Reference(model, windows, chosen.seed)
-    stock = measures.perplexity(reference.target)
+    stock = statistics.perplexity(reference.target)
     print(f"{time.perf_counter() - started:.0f} s; perplexity {stock:.4f}, {count} windows")
     rows: list[dict[str, Any]] = []
     for option in OPTIONS:

@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 import vllm_kvpca
 from vllm_kvpca import errors
 from vllm_kvpca.cli import tables
-from vllm_kvpca.cli.api_docs import ENVIRONMENT
 from vllm_kvpca.cli.main import app
+from vllm_kvpca.lab.docs.api import ENVIRONMENT
 
 ROOT = Path(__file__).parents[1]
 API = ROOT / "docs" / "api.md"

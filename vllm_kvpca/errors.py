@@ -54,3 +54,12 @@ class CalibrationError(KvpcaError):
 
 class SetupError(KvpcaError):
     """A package, file or plugin is missing on this machine."""
+
+
+def install_extra(name: str) -> str:
+    """The command that adds an optional part of this package to the environment it runs in.
+
+    pip takes what is installed already, from a clone as well as from a wheel, and only adds what
+    the extra names.
+    """
+    return f'pip install "vllm-kvpca[{name}]"'

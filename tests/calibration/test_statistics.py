@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_kvpca.calibration import statistics as measures
+from vllm_kvpca.calibration import statistics
 
 
 def distribution(rng, size):
@@ -23,16 +23,16 @@ def best(probabilities, count):
 
 def test_perplexity_and_its_change():
     stock = np.log([[0.5, 0.25], [0.5, 0.25]])
-    assert measures.perplexity(stock) == pytest.approx(math.sqrt(8))
+    assert statistics.perplexity(stock) == pytest.approx(math.sqrt(8))
     worse = stock - math.log(1.01)
-    assert measures.perplexity_change(stock, worse) == pytest.approx(0.01)
-    assert measures.perplexity_change(stock, stock) == 0
+    assert statistics.perplexity_change(stock, worse) == pytest.approx(0.01)
+    assert statistics.perplexity_change(stock, stock) == 0
 
 
 def test_kl_equals_the_sum_over_buckets():
     rng = np.random.default_rng(1)
     p, q = distribution(rng, 40), distribution(rng, 40)
-    bound = measures.kl_lower_bound(*best(p, 5), *best(q, 40))[0]
+    bound = statistics.kl_lower_bound(*best(p, 5), *best(q, 40))[0]
     top = sorted(range(40), key=lambda i: -p[i])[:5]
     expected = sum(p[i] * math.log(p[i] / q[i]) for i in top)
     rest_p, rest_q = (1 - sum(x[i] for i in top) for x in (p, q))
@@ -46,7 +46,7 @@ def test_kl_is_a_lower_bound_and_not_negative(seed, returned):
     rng = np.random.default_rng(seed)
     p, q = distribution(rng, 30), distribution(rng, 30)
     full = float(np.sum(p * np.log(p / q)))
-    bound = measures.kl_lower_bound(*best(p, 8), *best(q, returned))[0]
+    bound = statistics.kl_lower_bound(*best(p, 8), *best(q, returned))[0]
     # Rounding of probabilities near the floor that stands for zero.
     assert -1e-7 <= bound <= full + 1e-7
 
@@ -54,25 +54,25 @@ def test_kl_is_a_lower_bound_and_not_negative(seed, returned):
 def test_kl_grows_with_the_tokens_that_are_returned_and_is_zero_for_equals():
     rng = np.random.default_rng(2)
     p, q = distribution(rng, 30), distribution(rng, 30)
-    few, many = (measures.kl_lower_bound(*best(p, 8), *best(q, n))[0] for n in (4, 30))
+    few, many = (statistics.kl_lower_bound(*best(p, 8), *best(q, n))[0] for n in (4, 30))
     assert few <= many
-    assert measures.kl_lower_bound(*best(p, 8), *best(p, 8))[0] == pytest.approx(0, abs=1e-9)
+    assert statistics.kl_lower_bound(*best(p, 8), *best(p, 8))[0] == pytest.approx(0, abs=1e-9)
 
 
 def test_top1_agreement_looks_at_the_first_column_alone():
     stock = np.array([[1, 2], [3, 4], [5, 6], [7, 8]])
     other = np.array([[1, 9], [4, 3], [5, 0], [7, 7]])
-    assert measures.top1_agreement(stock, other) == 0.75
+    assert statistics.top1_agreement(stock, other) == 0.75
 
 
 def test_bootstrap_is_repeatable_holds_the_estimate_and_is_paired():
     rng = np.random.default_rng(3)
     stock = rng.normal(-3, 1, (10, 50))
     other = stock - 0.01 + rng.normal(0, 0.002, (10, 50))
-    low, high = measures.bootstrap_change(stock, other, seed=7)
-    assert (low, high) == measures.bootstrap_change(stock, other, seed=7)
-    assert (low, high) != measures.bootstrap_change(stock, other, seed=8)
-    assert low < measures.perplexity_change(stock, other) < high
+    low, high = statistics.bootstrap_change(stock, other, seed=7)
+    assert (low, high) == statistics.bootstrap_change(stock, other, seed=7)
+    assert (low, high) != statistics.bootstrap_change(stock, other, seed=8)
+    assert low < statistics.perplexity_change(stock, other) < high
     # Windows differ far more from each other than the engines do: unpaired it would be wide.
     assert high - low < 0.002
 
@@ -81,42 +81,7 @@ def test_bootstrap_interval_is_the_normal_one_where_that_holds():
     rng = np.random.default_rng(4)
     difference = rng.normal(0.01, 0.02, 400)
     other = np.zeros((400, 3)) - 2
-    low, high = measures.bootstrap_change(other + difference[:, None], other, seed=0)
+    low, high = statistics.bootstrap_change(other + difference[:, None], other, seed=0)
     error = 1.96 * difference.std() / 20
     assert math.log1p(low) == pytest.approx(difference.mean() - error, abs=error / 10)
     assert math.log1p(high) == pytest.approx(difference.mean() + error, abs=error / 10)
-
-
-def share_by_pairs(chunks, after, recent, align):
-    """Every (query, key) pair, one at a time."""
-    archived = attended = computed = 0
-    for count in chunks:
-        n = computed
-        border = 0
-        while n > after and border + align <= n - recent:
-            border += align
-        for query in range(computed, computed + count):
-            for key in range(query + 1):
-                attended += 1
-                archived += key < border
-        computed += count
-    return archived / attended
-
-
-@given(
-    chunks=st.lists(st.integers(1, 25), min_size=1, max_size=8),
-    after=st.integers(0, 40),
-    kept=st.integers(0, 40),
-    align=st.integers(1, 20),
-)
-@settings(max_examples=200, deadline=None)
-def test_archived_share_counts_pairs(chunks, after, kept, align):
-    recent = min(kept, after)
-    share = measures.archived_share(chunks, after, recent, align)
-    assert share == pytest.approx(share_by_pairs(chunks, after, recent, align))
-
-
-def test_archived_share_of_nothing_and_of_raw():
-    assert measures.archived_share([], 0, 0, 16) == 0
-    assert measures.archived_share([100], 0, 0, 16) == 0  # a single chunk attends to itself, raw
-    assert measures.archived_share([16, 16], 512, 256, 16) == 0

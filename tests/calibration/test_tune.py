@@ -1,4 +1,4 @@
-"""`vllm-kvpca tune` on a tiny model, and how strictly it measures."""
+"""`vllm-kvpca tune` on a tiny model, and how strictly it statistics."""
 
 import json
 import math

@@ -9,10 +9,10 @@ import torch
 from typer.testing import CliRunner
 
 from vllm_kvpca.cli.main import app
+from vllm_kvpca.lab import attention_contenders, gpu_engines
 from vllm_kvpca.lab.docs import tables
 from vllm_kvpca.lab.engine import STOCK, EngineSettings
-from vllm_kvpca.lab.measurements import engine_bench
-from vllm_kvpca.lab.measurements import kernels as decode_bench
+from vllm_kvpca.lab.measurements import engine_bench, kernels, memory_limited
 from vllm_kvpca.preset import load_preset
 
 ROOT = Path(__file__).parents[2]
@@ -30,14 +30,14 @@ def row(shape, contender, microseconds, gigabytes=1000.0):
 
 def test_kernels_are_compared_with_flash_attention_of_the_same_shape():
     rows = [row("1x8", "fa3-bf16", 10.0), row("1x8", "k8v4", 4.0), row("2x8", "k8v4", 5.0)]
-    results = decode_bench.compare(rows, bandwidth=2000.0)
+    results = kernels.compare(rows, bandwidth=2000.0)
     assert [r["against_fa3_bf16"] for r in results["rows"]] == [1.0, 2.5, None]
     assert [r["share_of_read_bandwidth"] for r in results["rows"]] == [0.5] * 3
 
 
 def test_more_sets_of_blocks_where_one_would_fit_the_cache():
-    assert decode_bench.Shape(64, 4096).sets(512) == 1
-    small = decode_bench.Shape(1, 32768)
+    assert attention_contenders.Shape(64, 4096).sets(512) == 1
+    small = attention_contenders.Shape(1, 32768)
     assert small.sets(196) * small.context * small.kv_heads * 196 >= 150e6
 
 
@@ -67,13 +67,13 @@ def test_every_engine_and_kernel_gets_its_line(make):
     text = tables.table("engine", [make(kind="engine", slug="e", results=results)])
     assert "| `k8v4` | 240 (2.40x) | 15 (1.50x) |" in text
     rows = [row(f"{n}x8", name, us) for n in (1, 2) for name, us in (("fa3-bf16", 10), ("k8v4", 4))]
-    results = decode_bench.compare(rows, 2000.0)
+    results = kernels.compare(rows, 2000.0)
     text = tables.table("kernels", [make(kind="kernels", slug="k", results=results)])
     assert "| kernel | 1 x 8 | 2 x 8 |" in text
     assert "| `k8v4` | 4 us (2.50x) | 4 us (2.50x) |" in text
 
 
-def test_memory_limited_engines_are_compared_with_stock(make, monkeypatch):
+def test_memory_limited_engines_are_compared_with_stock(make):
     speeds = {STOCK: (100, 2.0), "k8v4": (240, 5.0)}
 
     def measured(settings):
@@ -81,10 +81,8 @@ def test_memory_limited_engines_are_compared_with_stock(make, monkeypatch):
         return {"tokens": tokens, "tokens_per_second": speed}
 
     settings = EngineSettings(model="m", max_model_len=64, kv_gib=1)
-    *_, results = engine_bench.run(settings, ["k8v4", STOCK], measured)
-    record = make(
-        kind="memory-limited", slug="m", results=engine_bench.compare_memory_short(results)
-    )
+    *_, results = gpu_engines.each_engine(settings, ["k8v4", STOCK], measured)
+    record = make(kind="memory-limited", slug="m", results=memory_limited.compare(results))
     assert "| `k8v4` | 240 | 5 (2.50x) |" in tables.table("memory-limited", [record])
 
 
@@ -100,14 +98,14 @@ def test_engines_of_calibrated_formats_load_a_preset_that_fits_the_model(monkeyp
         return {"tokens": 1, "tokens_per_second": 1.0}
 
     settings = EngineSettings(model=model, max_model_len=64, kv_gib=1)
-    *_, results = engine_bench.run(settings, ["k5.5v5.5"], measured)
+    *_, results = gpu_engines.each_engine(settings, ["k5.5v5.5"], measured)
     assert list(results) == [STOCK, "k5.5v5.5"]
     assert seen == [("k5.5v5.5", pytest.approx(512 / (2 * (48 + 40 + 4))))]
 
 
 @pytest.mark.parametrize("name", ["k5.5v5.5", "k4v4"])
 def test_kernels_of_calibrated_formats_have_a_basis_for_each_head(name):
-    preset = decode_bench._preset(name, decode_bench.Shape(1, 8))
+    preset = attention_contenders._preset(name, attention_contenders.Shape(1, 8))
     basis = preset.basis("k", 0, [0, 1, 2, 3], 128)
     torch.testing.assert_close(basis @ basis.mT, torch.eye(128).expand(4, -1, -1))
     assert not torch.equal(basis[0], basis[1])

@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
-from vllm_kvpca.lab import against_stock as comparison
+from vllm_kvpca.lab import against_stock
 from vllm_kvpca.lab.engine import EngineSettings
-from vllm_kvpca.lab.measurements import quality
+from vllm_kvpca.lab.measurements import quality_transformers
 from vllm_kvpca.preset import list_shipped
 
 COMMIT = "abcdef0123456789"  # of the records of conftest
@@ -22,15 +22,15 @@ def settings():
 
 @pytest.fixture
 def finished(make, settings, tmp_path, monkeypatch):
-    """`comparison.finished` beside one record of `settings`."""
+    """`against_stock.finished` beside one record of `settings`."""
     used = settings.model_dump(exclude={"model", "seed", "preset", "compress_after", "keep_recent"})
     record = make(kind="quality", **used)
     record.write(tmp_path)
     monkeypatch.setattr(sys, "argv", [*record.command.split(), "--resume"])
 
     def find(commit=COMMIT, dirty=False):
-        monkeypatch.setattr(comparison, "source_state", lambda: (commit, dirty))
-        return comparison.finished(tmp_path, "quality")
+        monkeypatch.setattr(against_stock, "source_state", lambda: (commit, dirty))
+        return against_stock.finished(tmp_path, "quality")
 
     return find
 
@@ -65,21 +65,21 @@ def test_the_same_measurement_through_the_engine_is_put_beside(make):
     same = make(kind="quality-transformers", results=own, windows=5)
     other = make(kind="quality-transformers", results=own, windows=6)
     coarse = engine.model_copy(update={"results": results | {"dtype": "bfloat16"}})
-    beside = quality.put_beside(same, [coarse, engine]).results["engine"]
+    beside = quality_transformers.put_beside(same, [coarse, engine]).results["engine"]
     assert (
         beside["perplexity_change"] == 0.1
         and beside["dtype"] == "float16"
         and beside["commit"] == COMMIT
     )
-    assert quality.put_beside(other, [engine]).results["engine"] is None
+    assert quality_transformers.put_beside(other, [engine]).results["engine"] is None
 
 
 def test_overlap_with_presets_of_all_kinds(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("nobody calibrated on this " * 100)
     shipped = "HuggingFaceTB--SmolLM2-135M-Instruct/k5v4"
-    assert comparison.overlaps(["k8v4", shipped], [text]) == {"k8v4": 0.0, shipped: 0.0}
+    assert against_stock.overlaps(["k8v4", shipped], [text]) == {"k8v4": 0.0, shipped: 0.0}
     old = shutil.copytree(list_shipped()[shipped], tmp_path / "old")
     (old / "calibration.json").unlink()
     with pytest.warns(UserWarning, match=r"no calibration\.json"):
-        assert comparison.overlaps([str(old)], [text]) == {str(old): None}
+        assert against_stock.overlaps([str(old)], [text]) == {str(old): None}

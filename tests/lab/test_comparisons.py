@@ -6,10 +6,15 @@ import numpy as np
 import pytest
 
 from vllm_kvpca.errors import OptionsError
-from vllm_kvpca.lab import against_stock as comparison
-from vllm_kvpca.lab import teacher_forced as reading
-from vllm_kvpca.lab.measurements import block_life, capacity, divergence, identity, quality
-from vllm_kvpca.lab.measurements import throughput as load
+from vllm_kvpca.lab import against_stock, teacher_forced, texts
+from vllm_kvpca.lab.measurements import (
+    block_life,
+    capacity,
+    divergence,
+    identity,
+    quality,
+    throughput,
+)
 from vllm_kvpca.lab.measurements.identity import Answer
 
 
@@ -76,7 +81,7 @@ def test_quality_sees_a_difference():
 
 
 def test_quality_settings_move_all_windows_together():
-    settings = reading.settings_for("m", [[0] * 100] * 5, 16, "k8v4", (0, 0))
+    settings = teacher_forced.settings_for("m", [[0] * 100] * 5, 16, "k8v4", (0, 0))
     assert settings.max_num_seqs == 5
     assert settings.max_num_batched_tokens == 80
     assert settings.chunk == 16
@@ -84,19 +89,19 @@ def test_quality_settings_move_all_windows_together():
 
 def test_speeds_are_medians():
     times = [(2.0, 4.0), (1.0, 2.0), (4.0, 8.0)]
-    speeds = load.speeds(times, requests=4, length=10, generated=5)
+    speeds = throughput.speeds(times, requests=4, length=10, generated=5)
     assert speeds["prompt_tokens_per_second"] == 20
     assert speeds["decode_tokens_per_second"] == 4
-    results = load.compare(speeds, load.speeds(times[:1] * 3, 4, 10, 5) | {"x": 0})
+    results = throughput.compare(speeds, throughput.speeds(times[:1] * 3, 4, 10, 5) | {"x": 0})
     assert results["prompt_ratio"] == 1
-    slow = load.speeds([(4.0, 16.0)], 4, 10, 5)
-    assert load.compare(speeds, slow)["prompt_ratio"] == 0.5
-    assert load.compare(speeds, slow)["decode_ratio"] == 0.25
+    slow = throughput.speeds([(4.0, 16.0)], 4, 10, 5)
+    assert throughput.compare(speeds, slow)["prompt_ratio"] == 0.5
+    assert throughput.compare(speeds, slow)["decode_ratio"] == 0.25
 
 
 def test_random_prompts_are_repeatable():
-    prompts = load.random_prompts(50, 3, 20, seed=1)
-    assert prompts == load.random_prompts(50, 3, 20, seed=1)
+    prompts = texts.random_prompts(50, 3, 20, seed=1)
+    assert prompts == texts.random_prompts(50, 3, 20, seed=1)
     assert [len(prompt) for prompt in prompts] == [20] * 3
     assert all(0 <= token < 50 for prompt in prompts for token in prompt)
 
@@ -116,7 +121,7 @@ def test_block_life_in_mib():
 
 
 def test_thresholds():
-    assert comparison.parse_thresholds("512:256") == (512, 256)
+    assert against_stock.parse_thresholds("512:256") == (512, 256)
     for wrong in ("512", "a:b", "1:-1", ""):
         with pytest.raises(OptionsError, match="AFTER:RECENT"):
-            comparison.parse_thresholds(wrong)
+            against_stock.parse_thresholds(wrong)

@@ -6,7 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from vllm_kvpca.cli.main import app
-from vllm_kvpca.lab.measurements.memory import format_layout, measure
+from vllm_kvpca.lab.measurements.memory import format_layout, run
 from vllm_kvpca.lab.record import load_all
 from vllm_kvpca.pages.block_sizes import held_blocks
 from vllm_kvpca.pages.boundary import Policy
@@ -39,7 +39,7 @@ def test_a_running_engine_held_as_many_blocks():
 
 
 def test_bytes_of_a_long_sequence_of_a_7b_model():
-    record = measure(QWEN, ["k8v4"], 131_072, 512, 256)
+    record = run(QWEN, ["k8v4"], 131_072, 512, 256)
     results = record.results
     assert results["lengths_tokens"][-1] == 131_072
     assert results["stock_bytes"][-1] == 131_072 * 28 * 4 * 512  # 7 GiB

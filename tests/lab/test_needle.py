@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from vllm_kvpca.errors import OptionsError
+from vllm_kvpca.lab import hidden_facts
+from vllm_kvpca.lab.hidden_facts import Prompt, Question
 from vllm_kvpca.lab.measurements import needle
-from vllm_kvpca.lab.measurements.needle import Prompt, Question
 from vllm_kvpca.pages.boundary import Policy
 
 DEPTHS = [1.0, 0.0, 0.5]
@@ -32,9 +33,9 @@ def text(tmp_path):
     return [path]
 
 
-@pytest.fixture(params=needle.TASKS)
+@pytest.fixture(params=hidden_facts.TASKS)
 def prompts(request, text):
-    return needle.make_prompts(request.param, Letters(), text, [600, 900], DEPTHS, 3, seed=1)
+    return hidden_facts.make_prompts(request.param, Letters(), text, [600, 900], DEPTHS, 3, seed=1)
 
 
 def test_every_question_asks_for_its_fact(prompts):
@@ -45,7 +46,7 @@ def test_every_question_asks_for_its_fact(prompts):
         first_question = min(q.answer[0] for q in prompt.questions)
         for question in prompt.questions:
             fact, answer = read(prompt, question.fact), read(prompt, question.answer)
-            assert answer.isdigit() and len(answer) == needle.DIGITS
+            assert answer.isdigit() and len(answer) == hidden_facts.DIGITS
             assert fact.endswith(f" is {answer}")
             asked = question.answer[0] - len(fact) + len(answer), question.answer[1]
             assert read(prompt, asked) == fact
@@ -67,7 +68,7 @@ def test_facts_stand_where_they_should(prompts):
 
 
 def test_prompts_are_drawn_anew_and_repeatable(text):
-    make = lambda seed: needle.make_prompts("needle", Letters(), text, [600], DEPTHS, 4, seed)  # noqa: E731
+    make = lambda seed: hidden_facts.make_prompts("needle", Letters(), text, [600], DEPTHS, 4, seed)  # noqa: E731
     first, second = make(1), make(2)
     assert make(1) == first
     assert first != second
@@ -87,7 +88,7 @@ def test_prompts_are_drawn_anew_and_repeatable(text):
 )
 def test_what_makes_no_sense_is_refused(text, task, lengths, depths, words):
     with pytest.raises(OptionsError, match=words):
-        needle.make_prompts(task, Letters(), text, lengths, depths, 1, 0)
+        hidden_facts.make_prompts(task, Letters(), text, lengths, depths, 1, 0)
 
 
 def test_a_score_looks_at_the_answers_tokens_alone():

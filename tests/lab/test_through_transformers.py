@@ -7,9 +7,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from vllm_kvpca.errors import OptionsError
-from vllm_kvpca.lab import teacher_forced as reading
-from vllm_kvpca.lab import through_transformers
-from vllm_kvpca.lab.measurements import needle
+from vllm_kvpca.lab import hidden_facts, teacher_forced, through_transformers
+from vllm_kvpca.lab.measurements import needle, quality_transformers
 from vllm_kvpca.pages.boundary import Policy
 
 CHUNK = 16
@@ -42,7 +41,9 @@ def windows():
 
 
 def settings_of(model, windows, *presets):
-    return [reading.settings_for(model, windows, CHUNK, x, (0, 0), **SETTINGS) for x in presets]
+    return [
+        teacher_forced.settings_for(model, windows, CHUNK, x, (0, 0), **SETTINGS) for x in presets
+    ]
 
 
 @torch.no_grad()
@@ -52,7 +53,7 @@ def whole(model, windows):
 
 
 def test_stock_is_the_model_in_one_pass_and_raw_is_stock(model, windows):
-    [results] = through_transformers.compare_quality(
+    [results] = quality_transformers.measure(
         settings_of(model, windows, "raw"), windows, CHUNK, seed=0
     )
     logprobs = whole(model, windows)[:, :-1]
@@ -68,7 +69,7 @@ def test_stock_is_the_model_in_one_pass_and_raw_is_stock(model, windows):
 
 
 def test_fewer_bits_lose_more_and_the_bound_is_below_the_full_divergence(model, windows):
-    eight, four = through_transformers.compare_quality(
+    eight, four = quality_transformers.measure(
         settings_of(model, windows, "k8v8", "k8v4"), windows, CHUNK, seed=0
     )
     for results in (eight, four):
@@ -80,12 +81,15 @@ def test_fewer_bits_lose_more_and_the_bound_is_below_the_full_divergence(model, 
 
 def test_answers_are_those_of_one_pass(model, windows):
     questions = [
-        needle.Question(0.0, (1, 9), (150, 153)),
-        needle.Question(1.0, (90, 98), (180, 184)),
+        hidden_facts.Question(0.0, (1, 9), (150, 153)),
+        hidden_facts.Question(1.0, (90, 98), (180, 184)),
     ]
-    prompts = [needle.Prompt(windows[0][:190], questions), needle.Prompt(windows[1], questions)]
+    prompts = [
+        hidden_facts.Prompt(windows[0][:190], questions),
+        hidden_facts.Prompt(windows[1], questions),
+    ]
     settings = settings_of(model, windows, "raw")
-    readings = list(through_transformers.read_answers(settings, prompts, CHUNK))
+    readings = list(needle.read_through_transformers(settings, prompts, CHUNK))
     assert [facts["boundary_step_tokens"] > 0 for _, facts in readings] == [False, True]
     for i, prompt in enumerate(prompts):
         logprobs = whole(model, [prompt.tokens])[0, :-1]
@@ -100,7 +104,7 @@ def test_answers_are_those_of_one_pass(model, windows):
 
 
 def test_the_cache_archives_what_the_policy_says(model, windows):
-    settings = reading.settings_for(model, windows, CHUNK, "k8v4", (96, 64), **SETTINGS)
+    settings = teacher_forced.settings_for(model, windows, CHUNK, "k8v4", (96, 64), **SETTINGS)
     network = through_transformers.load(model, "float32")
     policy = through_transformers.policy_of(settings)
     assert isinstance(policy, Policy) and policy.align % 8 == 0

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -80,25 +78,3 @@ def kl_lower_bound(
 def top1_agreement(stock_ids: Ints, other_ids: Ints) -> float:
     """Share of positions with the same likeliest token (column 0 of both)."""
     return float(np.mean(stock_ids[:, 0] == other_ids[:, 0]))
-
-
-def archived_share(
-    chunks: Iterable[int], compress_after: int, keep_recent: int, align: int
-) -> float:
-    """Average share of archived keys among those that a prompt's tokens attend to.
-
-    All tokens of a chunk attend to the archive as it was before the chunk and to everything
-    later raw, the chunk's own tokens included. The share is taken over all (query, key) pairs.
-
-    Args:
-        chunks: tokens computed by each step of one sequence, in order.
-        compress_after, keep_recent, align: tokens; see pages.boundary.
-    """
-    from vllm_kvpca.pages.boundary import boundary
-
-    computed = archived = attended = 0
-    for count in chunks:
-        archived += count * boundary(computed, compress_after, keep_recent, align)
-        attended += sum(range(computed + 1, computed + count + 1))
-        computed += count
-    return archived / attended if attended else 0.0

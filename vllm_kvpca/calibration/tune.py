@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_kvpca.calibration import statistics as measures
+from vllm_kvpca.calibration import statistics
 from vllm_kvpca.calibration.collect import AttentionShape, Moments
 from vllm_kvpca.calibration.fit import fit_bases, preset_config, wanted
 from vllm_kvpca.calibration.strict import target_logprobs
@@ -107,7 +107,7 @@ class Tuner:
         same = state.get("key") == key
         self.results: dict[str, Result] = state["results"] if same else {}
         self.layers: dict[str, list[Result]] = state["layers"] if same else {}
-        self._stock: measures.Floats | None = None
+        self._stock: statistics.Floats | None = None
 
     def fitted(self, candidate: Preset) -> Preset:
         """The candidate with its bases."""
@@ -142,9 +142,9 @@ class Tuner:
             self._stock = target_logprobs(self._model, self._windows)
         other = target_logprobs(self._model, self._windows, preset, layers, advance)
         return {
-            "perplexity_change": measures.perplexity_change(self._stock, other),
+            "perplexity_change": statistics.perplexity_change(self._stock, other),
             "perplexity_change_ci95": list(
-                measures.bootstrap_change(self._stock, other, self._seed)
+                statistics.bootstrap_change(self._stock, other, self._seed)
             ),
         }
 

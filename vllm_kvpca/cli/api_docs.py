@@ -2,50 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
-import re
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from vllm_kvpca.errors import KvpcaError, OptionsError
+from vllm_kvpca.errors import OptionsError
 
 PAGE = Path("docs/api.md")
-
-ENVIRONMENT = {
-    "KVPCA_CACHE_DIR": "Where the demo model and texts of datasets are kept; by default the "
-    "user's cache folder.",
-    "KVPCA_DEVICE": "`cpu` or `gpu`: which build of vLLM `make setup` installs; by default it "
-    "looks for a GPU.",
-    "KVPCA_SOURCE_COMMIT": "Commit that records name, for a source tree that travelled without "
-    "its git folder.",
-}
-"""Every environment variable of our own."""
-
-_HEAD = """# Reference
-
-This page is made from the code: `vllm-kvpca api-docs`.
-
-## Server
-
-| `vllm serve` | `additional_config["kv_compression"]` | default | meaning |
-| --- | --- | --- | --- |
-| `--kv-compression-preset NAME_OR_PATH` | `"preset"` | off | shipped name, folder, Hub repository \
-`org/name`, or `auto` |
-| `--kv-compress-after TOKENS` | `"compress_after"` | {after} | sequences of at \
-most this many tokens stay raw |
-| `--kv-keep-recent TOKENS` | `"keep_recent"` | {recent} | tokens at the end of a \
-longer sequence that stay raw |
-
-`GET /kv_compression` and `/metrics`: [deploy](deploy.md), [metrics](metrics.md).
-
-## Environment
-
-| variable | meaning |
-| --- | --- |
-"""
 
 
 def api_docs(
@@ -55,7 +19,10 @@ def api_docs(
     ] = False,
 ) -> None:
     """Write the page that documents options, Python names, errors and commands."""
-    text = page()
+    from vllm_kvpca.cli.main import app
+    from vllm_kvpca.lab.docs.api import page
+
+    text = page(app)
     fresh = output.exists() and output.read_text() == text
     if check and not fresh:
         raise OptionsError(f"{output} is stale: run vllm-kvpca api-docs.")
@@ -63,92 +30,3 @@ def api_docs(
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(text)
         print(output)
-
-
-def page() -> str:
-    """The whole page."""
-    from vllm_kvpca.pages.boundary import DEFAULT_COMPRESS_AFTER, DEFAULT_KEEP_RECENT
-
-    head = _HEAD.format(after=DEFAULT_COMPRESS_AFTER, recent=DEFAULT_KEEP_RECENT)
-    variables = [f"| `{name}` | {meaning} |" for name, meaning in ENVIRONMENT.items()]
-    parts = [head.rstrip("\n"), *variables, "", "## Python", ""]
-    return "\n".join([*parts, *_python(), "## Errors", "", *_errors(), *_commands()]) + "\n"
-
-
-def _python() -> Iterator[str]:
-    """Signature and docstring of every public name."""
-    import vllm_kvpca
-
-    for name in sorted(set(vllm_kvpca.__all__) - {"__version__"}):
-        function = getattr(vllm_kvpca, name)
-        parameters = [
-            str(parameter.replace(annotation=inspect.Parameter.empty))
-            for parameter in inspect.signature(function).parameters.values()
-        ]
-        keyword_only = [p.kind for p in inspect.signature(function).parameters.values()]
-        if inspect.Parameter.KEYWORD_ONLY in keyword_only:
-            parameters.insert(keyword_only.index(inspect.Parameter.KEYWORD_ONLY), "*")
-        yield f"### `vllm_kvpca.{name}({', '.join(parameters)})`"
-        yield ""
-        yield "```text"
-        yield inspect.getdoc(function) or ""
-        yield "```"
-        yield ""
-
-
-def _errors() -> Iterator[str]:
-    """The tree, as nested lists."""
-    yield "In `vllm_kvpca.errors`; all are `ValueError`s, and each message says what to do."
-    yield ""
-    yield from _tree(KvpcaError, 0)
-
-
-def _tree(error: type, depth: int) -> Iterator[str]:
-    yield f"{'  ' * depth}- `{error.__name__}`: {inspect.getdoc(error)}"
-    subclasses: list[type] = error.__subclasses__()
-    for below in subclasses:
-        if below.__module__ == KvpcaError.__module__:
-            yield from _tree(below, depth + 1)
-
-
-def _commands() -> Iterator[str]:
-    from vllm_kvpca.cli.main import app
-
-    yield ""
-    yield "## Commands"
-    yield ""
-    yield "`vllm-kvpca COMMAND --help` says the same."
-    for words, command in _leaves("vllm-kvpca", typer.main.get_command(app)):
-        yield ""
-        yield f"### `{words}`"
-        yield ""
-        yield _one_line(command.help or "")
-        rows = [_option(option) for option in command.params if getattr(option, "help", None)]
-        if rows:
-            yield ""
-            yield "| option | default | meaning |"
-            yield "| --- | --- | --- |"
-            yield from rows
-
-
-def _leaves(words: str, command: Any) -> Iterator[tuple[str, Any]]:
-    below: dict[str, Any] | None = getattr(command, "commands", None)
-    if below is None:
-        yield words, command
-        return
-    for name in sorted(below):
-        yield from _leaves(f"{words} {name}", below[name])
-
-
-def _option(option: Any) -> str:
-    names = "`, `".join([*option.opts, *option.secondary_opts])
-    default = option.default
-    if isinstance(default, (list, tuple)):
-        default = " ".join(map(str, default))
-    off = default is None or default is False or callable(default) or default == ""
-    shown = "required" if option.required else "" if off else f"`{default}`"
-    return f"| `{names}` | {shown} | {_one_line(option.help)} |"
-
-
-def _one_line(text: str) -> str:
-    return re.sub(r"\s+", " ", text).strip().replace("|", "\\|")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +14,7 @@ from vllm_kvpca.cli.evaluate import RECORDS, MaxModelLen, Output, Seed
 from vllm_kvpca.errors import OptionsError
 
 if TYPE_CHECKING:
-    from vllm_kvpca.lab.engine import EngineSettings
+    from vllm_kvpca.lab.record import Record
 
 MODEL = Path("benchmarks/models/Qwen2.5-7B-shaped")
 SHAPES = ["1x32768", "1x131072", "8x32768", "16x16384", "64x4096", "128x2048"]
@@ -48,26 +49,11 @@ def kernels(
     output: Output = RECORDS,
 ) -> None:
     """Decode attention: microseconds and GB/s, beside FlashAttention-3 and TurboQuant."""
-    _need_gpu()
-    from transformers import AutoConfig
+    from vllm_kvpca.lab.measurements.kernels import run
 
-    from vllm_kvpca.lab.measurements import kernels as decode_bench
-    from vllm_kvpca.lab.presets import head_dim
-    from vllm_kvpca.lab.record import make_record
-
-    config = AutoConfig.from_pretrained(model).get_text_config()
-    heads = (config.num_attention_heads, config.num_key_value_heads, head_dim(model))
-    bandwidth = decode_bench.read_bandwidth()
-    rows = []
-    for text in shape:
-        batch, _, context = text.partition("x")
-        chosen = decode_bench.Shape(int(batch), int(context), *heads)
-        ours = [name + part for name in preset for part in ("", decode_bench.ALL_ARCHIVED)]
-        rows += list(decode_bench.measure(chosen, [*decode_bench.PEERS, *ours]))
-    results = decode_bench.compare(rows, bandwidth)
-    settings: dict[str, Any] = dict(zip(("heads", "kv_heads", "head_dim"), heads, strict=True))
-    record = make_record("kernels", [], model, settings, results, seed=0)
+    record = run(model, [_batch(text) for text in shape], preset)
     path = record.write(output)
+    results: Any = record.results
     table = Table("shape", "contender", "B/token-head", "us", "GB/s", "vs FA3 bf16", "of read")
     for row in results["rows"]:
         ratio = row["against_fa3_bf16"]
@@ -82,7 +68,7 @@ def kernels(
         )
     console = Console(soft_wrap=True, highlight=False)
     console.print(table)
-    console.print(f"reading alone: {bandwidth:.0f} GB/s; {path}")
+    console.print(f"reading alone: {results['read_gigabytes_per_second']:.0f} GB/s; {path}")
 
 
 @app.command()
@@ -95,13 +81,9 @@ def engine(
     output: Output = RECORDS,
 ) -> None:
     """Tokens that fit, tokens per second and time to the first token of whole engines."""
-    _need_gpu()
-    from vllm_kvpca.lab.measurements import engine_bench
+    from vllm_kvpca.lab.measurements.engine_bench import run
 
-    settings = _engine_settings(model, kv_gib, max_model_len, seed)
-    for measured in engine_bench.run(settings, preset):
-        results = engine_bench.compare(measured)
-        _write_engines("engine", settings, results, output)
+    _write(run(model, preset, kv_gib, max_model_len, seed), output)
 
 
 @app.command("memory-limited")
@@ -114,45 +96,27 @@ def memory_limited(
     output: Output = RECORDS,
 ) -> None:
     """Output tokens per second while far more requests wait than fit the KV cache."""
-    _need_gpu()
-    from vllm_kvpca.lab.measurements import engine_bench
+    from vllm_kvpca.lab.measurements.memory_limited import run
 
-    settings = _engine_settings(model, kv_gib, max_model_len, seed)
-    for measured in engine_bench.run(settings, preset, engine_bench.measure_memory_short):
-        results = engine_bench.compare_memory_short(measured)
-        _write_engines("memory-limited", settings, results, output)
+    _write(run(model, preset, kv_gib, max_model_len, seed), output)
 
 
-def _engine_settings(model: str, kv_gib: float, max_model_len: int, seed: int) -> EngineSettings:
-    from vllm_kvpca.lab.engine import EngineSettings
+def _batch(text: str) -> tuple[int, int]:
+    """ "8x32768" to (8, 32768).
 
-    return EngineSettings(
-        model=model,
-        max_model_len=max_model_len,
-        max_num_seqs=256,
-        max_num_batched_tokens=8192,
-        kv_gib=kv_gib,
-        eager=False,
-        seed=seed,
-    )
+    Raises:
+        OptionsError: anything else.
+    """
+    batch, _, context = text.partition("x")
+    if not (batch.isdigit() and context.isdigit()):
+        raise OptionsError(f"{text!r} is no --shape: write BATCHxCONTEXT, e.g. 8x32768.")
+    return int(batch), int(context)
 
 
-def _write_engines(
-    kind: str, settings: EngineSettings, results: dict[str, Any], output: Path
-) -> None:
-    """After each engine anew, so that a run that is cut short leaves a record of the others."""
-    from vllm_kvpca.lab.record import make_record
-
-    chosen = settings.model_dump(exclude={"model", "seed", "preset"})
-    record = make_record(kind, ["bench"], settings.model, chosen, results, seed=settings.seed)
-    path = record.write(output)
+def _write(records: Iterable[Record], output: Path) -> None:
+    """Write each record over the one before it, and show how its engines compare."""
     console = Console(soft_wrap=True, highlight=False)
-    console.print_json(data=results["against_stock"])
-    console.print(str(path))
-
-
-def _need_gpu() -> None:
-    import torch
-
-    if not torch.cuda.is_available():
-        raise OptionsError("vllm-kvpca bench measures on an NVIDIA GPU, and there is none here.")
+    for record in records:
+        path = record.write(output)
+        console.print_json(data=record.results["against_stock"])
+        console.print(str(path))

@@ -23,7 +23,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from vllm_kvpca.errors import SetupError
+from vllm_kvpca.errors import SetupError, install_extra
 
 # Raised when the conversion changes, so that folders made by an older one are made anew.
 CONVERSION = 3
@@ -167,7 +167,7 @@ def _require(*modules: str) -> None:
     if missing:
         raise SetupError(
             f"converting the demo model needs {' and '.join(missing)}; "
-            'install with: pip install "vllm-kvpca[demo]"'
+            f"install with: {install_extra('demo')}"
         )
 
 

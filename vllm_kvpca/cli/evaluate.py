@@ -67,21 +67,21 @@ def quality(
     resume: Resume = False,
 ) -> None:
     """Perplexity, KL divergence and top-1 agreement, teacher-forced, against stock."""
-    from vllm_kvpca.lab import against_stock as comparison
-    from vllm_kvpca.lab import runs
+    from vllm_kvpca.lab import against_stock
+    from vllm_kvpca.lab.measurements.quality import run
 
-    comparison.check_through(through)
-    kind = "quality" if through == comparison.ENGINE else f"quality-{through}"
+    against_stock.check_through(through)
+    kind = "quality" if through == against_stock.ENGINE else f"quality-{through}"
     more: dict[str, Any] = {
-        "thresholds": [comparison.parse_thresholds(pair) for pair in thresholds],
+        "thresholds": [against_stock.parse_thresholds(pair) for pair in thresholds],
         "through": through,
         "dtype": dtype,
         "kv_gib": kv_gib,
         "eager": eager,
         "seed": seed,
-        "done": comparison.finished(output, kind) if resume else comparison.nothing_done,
+        "done": against_stock.finished(output, kind) if resume else against_stock.nothing_done,
     }
-    records = runs.quality(model, preset, text, tokens, window, chunk, **more)
+    records = run(model, preset, text, tokens, window, chunk, **more)
     write(
         records,
         output,
@@ -108,10 +108,10 @@ def identity(
     output: Output = RECORDS,
 ) -> None:
     """Greedy answers to 8 prompts of 100 to 3,000 tokens, token by token against stock."""
-    from vllm_kvpca.lab import runs
+    from vllm_kvpca.lab.measurements.identity import run
 
     more: dict[str, Any] = {"kv_gib": kv_gib, "eager": eager, "seed": seed}
-    records = runs.identity(model, preset, text, dtype, generated, **more)
+    records = run(model, preset, text, dtype, generated, **more)
     write(
         records,
         output,
@@ -130,10 +130,10 @@ def capacity(
     output: Output = RECORDS,
 ) -> None:
     """Tokens that fit into the same KV memory, as vLLM reports them, against stock."""
-    from vllm_kvpca.lab import runs
+    from vllm_kvpca.lab.measurements.capacity import run
 
     more = {"compress_after": compress_after, "keep_recent": keep_recent}
-    records = runs.capacity(model, preset, kv_gib, max_model_len, **more)
+    records = run(model, preset, kv_gib, max_model_len, **more)
     write(
         records,
         output,
@@ -159,9 +159,9 @@ def memory(
     output: Output = RECORDS,
 ) -> None:
     """KV memory of one sequence over its length, from the page plan; starts no engine."""
-    from vllm_kvpca.lab.measurements.memory import measure
+    from vllm_kvpca.lab.measurements.memory import run
 
-    record = measure(model, format, max_model_len, compress_after, keep_recent)
+    record = run(model, format, max_model_len, compress_after, keep_recent)
     results: Any = record.results
     for row in results["formats"]:
         held = row["raw_bytes"][-1] + row["archive_bytes"][-1]
@@ -189,7 +189,7 @@ def throughput(
     output: Output = RECORDS,
 ) -> None:
     """Prompt and decode tokens per second of concurrent requests, against stock."""
-    from vllm_kvpca.lab import runs
+    from vllm_kvpca.lab.measurements.throughput import run
 
     more: dict[str, Any] = {
         "max_num_batched_tokens": max_num_batched_tokens,
@@ -201,7 +201,7 @@ def throughput(
         "eager": eager,
         "seed": seed,
     }
-    records = runs.throughput(model, preset, requests, prompt_tokens, generated, repeats, **more)
+    records = run(model, preset, requests, prompt_tokens, generated, repeats, **more)
     write(
         records,
         output,
@@ -225,7 +225,7 @@ def block_life(
     output: Output = RECORDS,
 ) -> None:
     """Blocks of both cache groups over the life of one request, against stock's."""
-    from vllm_kvpca.lab import runs
+    from vllm_kvpca.lab.measurements.block_life import run
 
     more: dict[str, Any] = {
         "max_num_batched_tokens": max_num_batched_tokens,
@@ -233,7 +233,7 @@ def block_life(
         "compress_after": compress_after,
         "keep_recent": keep_recent,
     }
-    records = runs.block_life(model, preset, prompt_tokens, generated, **more)
+    records = run(model, preset, prompt_tokens, generated, **more)
     write(
         records,
         output,

@@ -93,12 +93,12 @@ def _facts(
     output: Path,
     **chosen: Any,
 ) -> None:
-    from vllm_kvpca.lab import against_stock as comparison
-    from vllm_kvpca.lab import answer_runs
+    from vllm_kvpca.lab import against_stock
+    from vllm_kvpca.lab.measurements.needle import run
 
-    comparison.check_through(through)
+    against_stock.check_through(through)
     chosen |= _common(thresholds, resume, output, task)
-    records = answer_runs.hidden_facts(task, model, preset, text, through=through, **chosen)
+    records = run(task, model, preset, text, through=through, **chosen)
     write(
         records,
         output,
@@ -125,11 +125,11 @@ def divergence(
     resume: Resume = False,
 ) -> None:
     """Tokens until greedy answers part from stock's, and how near a tie it was."""
-    from vllm_kvpca.lab import answer_runs
+    from vllm_kvpca.lab.measurements.divergence import run
 
     more: dict[str, Any] = {"dtype": dtype, "kv_gib": kv_gib, "eager": eager, "seed": seed}
     more |= _common(thresholds, resume, output, "divergence")
-    records = answer_runs.divergence(model, preset, text, prompts, prompt_tokens, generated, **more)
+    records = run(model, preset, text, prompts, prompt_tokens, generated, **more)
     write(
         records,
         output,
@@ -159,9 +159,8 @@ def tasks(
     output: Output = RECORDS,
     resume: Resume = False,
 ) -> None:
-    """Benchmarks of lm-eval (pip install 'vllm-kvpca[eval]') on the served engine."""
-    from vllm_kvpca.lab import answer_runs
-    from vllm_kvpca.lab.measurements.tasks import Chosen
+    """Benchmarks of lm-eval (extra `lab`) on the served engine."""
+    from vllm_kvpca.lab.measurements.tasks import Chosen, run
 
     names = tuple(name.strip() for name in tasks.split(",") if name.strip())
     chosen = Chosen(tasks=names, include_path=include_path, limit=limit, num_fewshot=num_fewshot)
@@ -173,7 +172,7 @@ def tasks(
         "seed": seed,
     }
     more |= _common(thresholds, resume, output, "tasks")
-    records = answer_runs.lm_eval_tasks(model, preset, chosen, chunk, **more)
+    records = run(model, preset, chosen, chunk, **more)
     write(
         records,
         output,
@@ -185,9 +184,9 @@ def tasks(
 
 
 def _common(thresholds: list[str], resume: bool, output: Path, kind: str) -> dict[str, Any]:
-    from vllm_kvpca.lab import against_stock as comparison
+    from vllm_kvpca.lab import against_stock
 
     return {
-        "thresholds": [comparison.parse_thresholds(pair) for pair in thresholds],
-        "done": comparison.finished(output, kind) if resume else comparison.nothing_done,
+        "thresholds": [against_stock.parse_thresholds(pair) for pair in thresholds],
+        "done": against_stock.finished(output, kind) if resume else against_stock.nothing_done,
     }

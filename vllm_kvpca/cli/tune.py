@@ -175,7 +175,7 @@ def _measured(
 def _save(output: Path, tuner: Tuner, chosen: Preset, source: Any, measured_on: int) -> None:
     from vllm_kvpca.calibration.card import write_card
     from vllm_kvpca.calibration.fit import band_energy
-    from vllm_kvpca.lab.cells import change
+    from vllm_kvpca.lab.table import change
     from vllm_kvpca.preset import save_preset
 
     measured = (

@@ -1,13 +1,43 @@
-"""What a preset stores, for records and tables."""
+"""Presets as measurements need them: checked against the model, described, or with random bases."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from vllm_kvpca.calibration.collect import AttentionShape
+from vllm_kvpca.calibration.fit import preset_config
+from vllm_kvpca.errors import OptionsError
 from vllm_kvpca.lab.engine import STOCK
-from vllm_kvpca.preset import load_preset
+from vllm_kvpca.preset import Preset, load_preset
+
+RANDOM_CARD = (
+    "# {name}\n\nBases are random: for measuring speed and capacity, of no use to a model.\n"
+)
+
+
+def check(names: Iterable[str], model: str) -> None:
+    """Refuse what no engine would serve, before the first one starts.
+
+    Args:
+        names: presets; see preset.load_preset.
+        model: folder with a config.json, or Hub name.
+
+    Raises:
+        PresetError: there is no such preset, it is damaged, or it was made for another model.
+        LayoutError: its bands do not fit the model's heads.
+        OptionsError: the model's configuration cannot be read.
+    """
+    shape = shape_of(model)
+    layers = _config(model).num_hidden_layers
+    for name in names:
+        preset = load_preset(name)
+        heads = (shape.num_kv_heads, shape.head_dim)
+        preset.check_model([model], layers, *heads, list(shape.layers))
+        preset.layout(shape.head_dim)
 
 
 def label(preset: str) -> str:
@@ -34,22 +64,63 @@ def facts(preset: str, model: str) -> dict[str, Any]:
     }
 
 
+def random_preset(format: str, model: str, shape: AttentionShape, seed: int = 0) -> Preset:
+    """A preset of a calibrated format with random orthonormal bases: speed and capacity do not
+    depend on what is in a basis.
+
+    Args:
+        format: one of CALIBRATED_FORMATS.
+        model: name of the model it is for.
+        shape: the model's layers and heads.
+
+    Raises:
+        CalibrationError: the format's bands do not fit the heads.
+    """
+    config = preset_config(format, model, None, shape)
+    generator = torch.Generator().manual_seed(seed)
+    size = (len(shape.layers), shape.num_kv_heads, shape.head_dim, shape.head_dim)
+    bases = {
+        which: torch.linalg.qr(torch.randn(size, generator=generator)).Q
+        for which in "kv"
+        if getattr(config, which).calibrated
+    }
+    return Preset(format, config, bases)
+
+
 def head_dim(model: str) -> int:
     return _head_dim(_config(model))
 
 
-def attention_shape(model: str) -> AttentionShape:
-    """Layers and heads by the configuration alone, for models of full attention only."""
+def attention_heads(model: str) -> tuple[int, int, int]:
+    """Query heads, KV heads and head_dim."""
+    shape = shape_of(model)
+    return _config(model).num_attention_heads, shape.num_kv_heads, shape.head_dim
+
+
+def shape_of(model: str) -> AttentionShape:
+    """Layers with full attention and their heads, by the configuration alone."""
+    from transformers.cache_utils import DynamicCache, DynamicLayer
+
     config = _config(model)
-    layers = config.num_hidden_layers
-    heads = config.num_key_value_heads
-    return AttentionShape(layers, heads, _head_dim(config), tuple(range(layers)))
+    kinds = [type(layer) for layer in DynamicCache(config=config).layers]
+    # Without layers of several kinds transformers makes them as they are needed.
+    full = [i for i, kind in enumerate(kinds) if kind is DynamicLayer]
+    layers = full if kinds else list(range(config.num_hidden_layers))
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return AttentionShape(config.num_hidden_layers, heads, _head_dim(config), tuple(layers))
 
 
 def _config(model: str) -> Any:
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(model).get_text_config()
+    try:
+        return AutoConfig.from_pretrained(model).get_text_config()
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise OptionsError(
+            f"the configuration of --model {model} cannot be read ({reason}): give a folder with a "
+            "config.json, or the Hub name of a model that vLLM serves."
+        ) from error
 
 
 def _head_dim(config: Any) -> int:

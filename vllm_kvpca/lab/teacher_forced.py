@@ -7,13 +7,13 @@ chunk attend to each other raw, so a small chunk, and compress_after = keep_rece
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from vllm_kvpca.calibration import statistics as measures
+from vllm_kvpca.calibration import statistics
 from vllm_kvpca.lab import engine
 from vllm_kvpca.lab.engine import EngineSettings
 from vllm_kvpca.lab.progress import steps
@@ -32,8 +32,8 @@ class Reading:
         dtype: as resolved by the engine.
     """
 
-    ids: list[measures.Ints]
-    logprobs: list[measures.Floats]
+    ids: list[statistics.Ints]
+    logprobs: list[statistics.Floats]
     chunks: list[list[int]]
     policy: Policy | None
     dtype: str
@@ -101,3 +101,21 @@ def _read(settings: EngineSettings, prompts: Sequence[Sequence[int]], top: int) 
         policy=engine.policy(llm),
         dtype=str(llm.llm_engine.model_config.dtype).removeprefix("torch."),
     )
+
+
+def archived_share(chunks: Iterable[int], policy: Policy | None) -> float:
+    """Average share of archived keys among those that a prompt's tokens attend to.
+
+    All tokens of a chunk attend to the archive as it was before the chunk and to everything
+    later raw, the chunk's own tokens included. The share is taken over all (query, key) pairs.
+
+    Args:
+        chunks: tokens computed by each step of one sequence, in order.
+        policy: None where nothing is archived.
+    """
+    computed = archived = attended = 0
+    for count in chunks:
+        archived += count * policy.boundary(computed) if policy else 0
+        attended += sum(range(computed + 1, computed + count + 1))
+        computed += count
+    return archived / attended if attended else 0.0

@@ -1,4 +1,4 @@
-"""Evaluation text to token ids."""
+"""What engines read: evaluation text as token ids, or random ones."""
 
 from __future__ import annotations
 
@@ -60,6 +60,19 @@ def windows(tokenizer: Any, files: Sequence[Path], count: int, length: int) -> l
         firsts = np.linspace(0, len(tokens) - size, wanted).astype(int) if wanted else ()
         result += [start + tokens[first : first + size] for first in firsts]
     return result
+
+
+def random_prompts(vocabulary: int, requests: int, length: int, seed: int) -> list[list[int]]:
+    """Token ids drawn evenly from the vocabulary: speed does not depend on what they mean."""
+    ids = np.random.default_rng(seed).integers(vocabulary, size=(requests, length))
+    return [row.tolist() for row in ids]
+
+
+def vocabulary(model: str) -> int:
+    """How many tokens a model knows."""
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(model).get_text_config().vocab_size
 
 
 def share_out(count: int, room: Sequence[int]) -> list[int]:

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from vllm_kvpca.calibration.card import MEASURED_ROW
-from vllm_kvpca.lab.cells import change
 from vllm_kvpca.lab.measurements.codec_study import all_rows, row_of
 from vllm_kvpca.lab.record import Record
+from vllm_kvpca.lab.table import change
 from vllm_kvpca.preset import list_shipped, load_preset
 from vllm_kvpca.preset.files import shipped_root
 from vllm_kvpca.preset.measured import FILE, Measured, describe, to_json

@@ -3,12 +3,34 @@ and what a stock engine holds for the same tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from vllm_kvpca.lab import engine
+from vllm_kvpca.lab import engine, presets, texts
+from vllm_kvpca.lab.against_stock import record_of
 from vllm_kvpca.lab.engine import EngineSettings
 from vllm_kvpca.lab.progress import steps
+from vllm_kvpca.lab.record import Record
+
+
+def run(
+    model: str,
+    preset_names: Sequence[str],
+    prompt_tokens: int = 3000,
+    generated: int = 200,
+    seed: int = 0,
+    **more: Any,
+) -> Iterator[Record]:
+    """Records of kind "block-life": one for each preset."""
+    presets.check(preset_names, model)
+    [prompt] = texts.random_prompts(texts.vocabulary(model), 1, prompt_tokens, seed)
+    common = EngineSettings(model=model, seed=seed, **more)
+    stock = measure(common, prompt, generated)
+    chosen = {"prompt_tokens": prompt_tokens, "generated_tokens": generated}
+    for name in preset_names:
+        settings = common.model_copy(update={"preset": name})
+        results = compare(stock, measure(settings, prompt, generated))
+        yield record_of("block-life", settings, results, chosen)
 
 
 def measure(settings: EngineSettings, prompt: Sequence[int], generated: int) -> dict[str, Any]:

@@ -6,10 +6,31 @@ of those fit at once, times their length.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from vllm_kvpca.lab import engine
+from vllm_kvpca.lab import engine, presets
+from vllm_kvpca.lab.against_stock import record_of
 from vllm_kvpca.lab.engine import EngineSettings
+from vllm_kvpca.lab.record import Record
+from vllm_kvpca.lab.table import PRESET_HEADS, Table, one_row, stored
+
+
+def run(
+    model: str,
+    preset_names: Sequence[str],
+    kv_gib: float = 1,
+    max_model_len: int = 8192,
+    **more: Any,
+) -> Iterator[Record]:
+    """Records of kind "capacity": one for each preset."""
+    presets.check(preset_names, model)
+    common = EngineSettings(model=model, max_model_len=max_model_len, kv_gib=kv_gib, **more)
+    stock = measure(common)
+    for name in preset_names:
+        settings = common.model_copy(update={"preset": name})
+        results = compare(stock, measure(settings))
+        yield record_of("capacity", settings, results, {})
 
 
 def measure(settings: EngineSettings) -> dict[str, Any]:
@@ -51,3 +72,24 @@ def compare(stock: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
         "engine_stock": stock,
         "engine": other,
     }
+
+
+def _row(record: Record) -> list[str]:
+    results: Any = record.results
+    return [
+        *stored(record),
+        f"{results['tokens_stock']:,}",
+        f"{results['tokens']:,}",
+        f"{results['ratio']:.2f}x",
+        f"{record.settings['kv_gib']:g} GiB",
+        f"{record.settings['max_model_len']:,}",
+    ]
+
+
+TABLES = {
+    "capacity": Table(
+        [*PRESET_HEADS, "tokens, stock", "tokens", "against stock", "KV memory", "max_model_len"],
+        one_row(_row),
+        "vllm-kvpca evaluate capacity",
+    )
+}

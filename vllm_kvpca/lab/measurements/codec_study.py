@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from vllm_kvpca.codec.bands import RAW_BITS
 from vllm_kvpca.lab.record import Record
+from vllm_kvpca.lab.table import Table, change, ratios
 from vllm_kvpca.preset.formats import CALIBRATED_FORMATS, FORMATS
 from vllm_kvpca.preset.schema import TensorFormat
 
@@ -69,3 +70,72 @@ def _spec(which: str, wanted: Any) -> str:
     bands = " ".join(f"{band.share}:{band.bits}" for band in tensor.bands)
     signed = _SIGNED if any(band.bits == 4 for band in tensor.bands) else ""
     return f"{basis} {bands}{signed}"
+
+
+def rows_of(group: str) -> Callable[[Record], list[list[str]]]:
+    """A line for each option of one group of the codec study."""
+
+    def rows(record: Record) -> list[list[str]]:
+        results: Any = record.results
+        return [_line(row) for row in results["rows"] if row["group"] == group]
+
+    return rows
+
+
+def best_records(group: str) -> Callable[[Sequence[Record], Sequence[Record]], list[Record]]:
+    """Of records those with options of the group, each only with the rows for which it is the
+    best."""
+
+    def choose(chosen: Sequence[Record], records: Sequence[Record]) -> list[Record]:
+        best = [
+            one.model_copy(update={"results": one.results | {"rows": best_rows(one, chosen)}})
+            for one in chosen
+        ]
+        return [record for record in best if rows_of(group)(record)]
+
+    return choose
+
+
+def _line(row: dict[str, Any]) -> list[str]:
+    left = [f"first {row['first_tokens_raw']} tokens"] if row["first_tokens_raw"] else []
+    left += [f"{row['edge_layers_raw']} layers at each end"] if row["edge_layers_raw"] else []
+    return [
+        row["name"],
+        *(f"`{row[which]}`" if row[which] != "raw" else "raw" for which in "kv"),
+        ", ".join(left) or "-",
+        f"{row['bits_per_element']:.2f}",
+        ratios(row),
+        change(row),
+        f"{row['kl_mean_nats']:.5f}",
+        f"{row['top1_agreement']:.2%}",
+    ]
+
+
+_HEADS = [
+    "what",
+    "K",
+    "V",
+    "left raw",
+    "bits per element",
+    "raw / stored bytes of K and V (of V alone)",
+    "perplexity change (95 % interval)",
+    "KL (nats)",
+    "same likeliest token",
+]
+_GROUPS = {
+    "codec-together": "together",
+    "codec-signed": "signed",
+    "codec-peers": "peers",
+    "codec-v": "V alone",
+    "codec-k": "K alone",
+}
+TABLES = {
+    name: Table(
+        _HEADS,
+        rows_of(group),
+        "python benchmarks/codec_study.py",
+        kind="codec-study",
+        choose=best_records(group),
+    )
+    for name, group in _GROUPS.items()
+}

@@ -7,15 +7,52 @@ of 1/16 to 1/8 at their usual size; float16 is eight times finer. Both are worth
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from vllm_kvpca.lab import engine
+from vllm_kvpca.lab import engine, presets, texts
+from vllm_kvpca.lab.against_stock import record_of
 from vllm_kvpca.lab.engine import EngineSettings
 from vllm_kvpca.lab.progress import steps
+from vllm_kvpca.lab.record import Record
+from vllm_kvpca.lab.table import PRESET_HEADS, Table, one_row, stored
 
 PROMPT_TOKENS = (100, 300, 500, 700, 1000, 1500, 2200, 3000)
+
+
+def run(
+    model: str,
+    preset_names: Sequence[str],
+    text: Sequence[Path],
+    dtypes: Sequence[str] = ("bfloat16", "float16"),
+    generated: int = 64,
+    seed: int = 0,
+    **more: Any,
+) -> Iterator[Record]:
+    """Records of kind "identity": one for each dtype and preset, and a control for each dtype.
+
+    The control is stock against stock with steps of half as many tokens: how often answers part
+    for no other reason than the order of summation.
+    """
+    presets.check(preset_names, model)
+    files = texts.find_texts(text)
+    lengths = PROMPT_TOKENS
+    longest = max(lengths)
+    windows = texts.windows(texts.tokenizer_of(model), files, len(lengths), longest)
+    prompts = [window[:length] for window, length in zip(windows, lengths, strict=True)]
+    for dtype in dtypes:
+        common = EngineSettings(
+            model=model, dtype=dtype, max_model_len=longest + generated, seed=seed, **more
+        )
+        stock, resolved = answer(common, prompts, generated)
+        control: dict[str, Any] = {"max_num_batched_tokens": common.max_num_batched_tokens // 2}
+        for changes in [control, *({"preset": name} for name in preset_names)]:
+            settings = common.model_copy(update=changes)
+            other, _ = answer(settings, prompts, generated)
+            results = compare(stock, other, lengths) | {"dtype": resolved}
+            yield record_of("identity", settings, results, {}, files, resolved)
 
 
 @dataclass(frozen=True)
@@ -86,3 +123,32 @@ def identical_tokens(a: Sequence[int], b: Sequence[int]) -> int:
     """Length of the common beginning."""
     pairs = enumerate(zip(a, b, strict=True))
     return next((index for index, (x, y) in pairs if x != y), len(a))
+
+
+def _row(record: Record) -> list[str]:
+    results: Any = record.results
+    rows = results["prompts"]
+    gap = results["largest_gap_nats"]
+    same = sum(row["identical_tokens"] for row in rows)
+    return [
+        *stored(record),
+        results["dtype"],
+        f"{results['identical_prompts']} of {len(rows)}",
+        f"{same} of {sum(row['generated_tokens'] for row in rows)}",
+        "none parted" if gap is None else f"{gap:.3f}",
+    ]
+
+
+TABLES = {
+    "identity": Table(
+        [
+            *PRESET_HEADS,
+            "dtype",
+            "identical answers",
+            "identical tokens",
+            "largest gap at a first difference (nats)",
+        ],
+        one_row(_row),
+        "vllm-kvpca evaluate identity",
+    )
+}

@@ -22,7 +22,7 @@ _PER_OCTAVE = 16
 """Lengths looked at between n and 2n: enough to show the steps of whole blocks."""
 
 
-def measure(
+def run(
     model: str, formats: Sequence[str], max_model_len: int, compress_after: int, keep_recent: int
 ) -> Record:
     """A record of kind "memory": bytes of one decoding sequence at lengths up to max_model_len.

@@ -1,20 +1,13 @@
-"""Facts hidden in a long prompt and asked for at its end, over depth x length.
-
-Two tasks. "needle": sentences hidden in a text ("needle in a haystack"); "recall": the haystack
-itself is made of numbered facts, so that each is hidden among others like it (key-value retrieval,
-Liu et al., Lost in the Middle, 2023, section 3). Each prompt hides a fact at every depth and asks
-for all of them in an order drawn at random (as the multi-query needles of Hsieh et al., RULER,
-2024, section 3.1): one reading serves all depths.
+"""Facts hidden in a long prompt and asked for at its end (needle, recall), over depth x length.
 
 Answers are read teacher-forced: if each of its tokens is the likeliest one given those before,
 the greedy answer is right. Log-probabilities of the answer's tokens show what whole answers of a
-small model do not.
+small model do not. The prompts are those of lab.hidden_facts.
 """
 
 from __future__ import annotations
 
-import random
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,63 +15,147 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vllm_kvpca.calibration import statistics as measures
-from vllm_kvpca.errors import OptionsError
-from vllm_kvpca.lab import texts
+from vllm_kvpca.calibration import statistics
+from vllm_kvpca.calibration.statistics import Floats
+from vllm_kvpca.lab import presets, teacher_forced, texts
+from vllm_kvpca.lab.against_stock import (
+    ENGINE,
+    TRANSFORMERS,
+    Done,
+    Thresholds,
+    nothing_done,
+    overlaps,
+    record_of,
+)
+from vllm_kvpca.lab.engine import STOCK, EngineSettings
+from vllm_kvpca.lab.hidden_facts import TASKS, Prompt, Question, make_prompts
+from vllm_kvpca.lab.progress import steps
+from vllm_kvpca.lab.record import Record
+from vllm_kvpca.lab.table import PRESET_HEADS, THRESHOLDS_HEAD, Table, after_and_recent, stored
 from vllm_kvpca.pages.boundary import Policy
 
-TASKS = ("needle", "recall")
-DIGITS = 5
-"""Digits of an answer."""
-_PLACES = (
-    "Paris", "London", "Madrid", "Vienna", "Oslo", "Cairo",
-    "Lima", "Tokyo", "Delhi", "Dublin", "Rome", "Berlin",
-    "Athens", "Lisbon", "Prague", "Warsaw", "Nairobi", "Havana",
-    "Quito", "Seoul", "Hanoi", "Manila", "Sydney", "Boston",
-)  # fmt: skip
-_ANIMALS = (
-    "cat",
-    "dog",
-    "horse",
-    "cow",
-    "sheep",
-    "goat",
-    "pig",
-    "duck",
-    "hen",
-    "fox",
-    "wolf",
-    "owl",
-)
 
-Span = tuple[int, int]
-"""First token and end."""
+def run(
+    task: str,
+    model: str,
+    preset_names: Sequence[str],
+    text: Sequence[Path],
+    lengths: Sequence[int],
+    depths: Sequence[float],
+    samples: int = 8,
+    chunk: int = 64,
+    thresholds: Sequence[Thresholds] = ((0, 0),),
+    through: str = ENGINE,
+    seed: int = 0,
+    done: Done = nothing_done,
+    **more: Any,
+) -> Iterator[Record]:
+    """Records of kind "needle" or "recall": one for each preset and pair of thresholds.
 
-Fact = tuple[list[int], list[int]]
-"""Tokens up to the answer, and those of the answer."""
-
-
-@dataclass(frozen=True)
-class Question:
-    """Where one fact stands and where it is asked for.
-
-    Attributes:
-        depth: 0 for the beginning of the haystack, 1 for its end.
-        fact: tokens of the fact in the haystack.
-        answer: tokens of the answer behind the question.
+    Args:
+        task: one of hidden_facts.TASKS.
+        lengths, depths, samples: see hidden_facts.make_prompts.
+        chunk: tokens of each prompt per step.
+        through: "engine", or "transformers" for load_preset_cache.
+        more: further EngineSettings.
     """
+    presets.check(preset_names, model)
+    files = texts.find_texts(text) if task == "needle" else []
+    seen = overlaps(preset_names, files)
+    tokenizer = texts.tokenizer_of(model)
+    prompts = make_prompts(task, tokenizer, files, lengths, depths, samples, seed)
+    tokens = [prompt.tokens for prompt in prompts]
+    wanted = [
+        teacher_forced.settings_for(model, tokens, chunk, name, pair, seed=seed, **more)
+        for name in preset_names
+        for pair in thresholds
+    ]
+    todo = [settings for settings in wanted if not done(settings)]
+    readings = _read(todo, prompts, chunk, through)
+    if not todo:
+        return
+    stock, _ = next(readings)
+    chosen = {
+        "lengths": list(lengths),
+        "depths": sorted(depths),
+        "samples": samples,
+        "through": through,
+    }
+    for settings, (scores, facts) in zip(todo, readings, strict=True):
+        results = compare(stock, scores, lengths, depths, seed) | facts
+        used = chosen | {"calibration_overlap": seen[settings.preset]}
+        slug = [facts["dtype"], "" if through == ENGINE else through]
+        yield record_of(task, settings, results, used, files, *slug)
 
-    depth: float
-    fact: Span
-    answer: Span
+
+def _read(
+    todo: Sequence[EngineSettings], prompts: Sequence[Prompt], chunk: int, through: str
+) -> Iterator[tuple[list[Score], dict[str, Any]]]:
+    """Scores of stock and then of each preset, with the boundary's step and the dtype."""
+    if through != ENGINE:
+        yield from read_through_transformers(todo, prompts, chunk)
+        return
+    for settings in (todo[0].model_copy(update={"preset": STOCK}), *todo):
+        read = teacher_forced.read(settings, [prompt.tokens for prompt in prompts], top=1)
+        logprobs = (values[:, 0] for values in read.logprobs)
+        likeliest = (values[:, 0] == values[:, 1] for values in read.ids)
+        scores = [
+            score(*parts, read.policy)
+            for parts in zip(prompts, logprobs, likeliest, read.chunks, strict=True)
+        ]
+        align = read.policy.align if read.policy else 0
+        yield scores, {"boundary_step_tokens": align, "dtype": read.dtype}
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """Token ids, and the questions in the order in which they are asked."""
+def read_through_transformers(
+    settings: Sequence[EngineSettings], prompts: Sequence[Prompt], chunk: int
+) -> Iterator[tuple[list[Score], dict[str, Any]]]:
+    """Scores of the prompts, for stock and then for each of `settings`, which share a model.
 
-    tokens: list[int]
-    questions: list[Question]
+    Yields:
+        Scores, and the boundary's step and the dtype for the record.
+    """
+    # Imported late: it loads transformers' models, which no engine needs.
+    from vllm_kvpca.lab import through_transformers as reader
+
+    network = reader.load(settings[0].model, settings[0].dtype)
+    every = [reader.stock_of(settings[0]), *settings]
+    makers = [reader.cache_maker(one) for one in every]
+    policies = [None if one.preset == STOCK else reader.policy_of(one) for one in every]
+    scores: list[list[Score]] = [[] for _ in every]
+    total = sum(-(-len(prompt.tokens) // chunk) for prompt in prompts)
+    with steps(TRANSFORMERS, total) as step:
+        for prompt in prompts:
+            chunks = reader.chunks_of(len(prompt.tokens), chunk)
+            found = _targets(network, makers, prompt.tokens, chunk, step)
+            for mine, policy, target in zip(scores, policies, found, strict=True):
+                mine.append(score(prompt, *target, chunks, policy))
+    for policy, mine in zip(policies, scores, strict=True):
+        align = policy.align if policy else 0
+        yield mine, {"boundary_step_tokens": align, "dtype": reader.dtype_of(network)}
+
+
+def _targets(
+    network: Any,
+    makers: Sequence[Any],
+    tokens: Sequence[int],
+    chunk: int,
+    step: Callable[[], None],
+) -> list[tuple[Floats, NDArray[np.bool_]]]:
+    """Log-probability of each token after the first, and whether none is likelier, per cache."""
+    import torch
+
+    from vllm_kvpca.lab import through_transformers as reader
+
+    following = torch.tensor(tokens[1:], device=network.device)
+    found: list[tuple[list[float], list[bool]]] = [([], []) for _ in makers]
+    for _, positions, parts in reader.read(network, makers, [tokens], chunk, step):
+        target = following[positions][:, None]
+        for (logprobs, likeliest), x in zip(found, parts, strict=True):
+            x = x[0, : len(target)]
+            logprobs += x.gather(-1, target)[:, 0].tolist()
+            likeliest += (x.argmax(-1) == target[:, 0]).tolist()
+    return [(np.array(logprobs), np.array(likeliest)) for logprobs, likeliest in found]
 
 
 @dataclass(frozen=True)
@@ -91,145 +168,14 @@ class Score:
         archived: (questions,) share of the fact's tokens that were archived when it was asked for.
     """
 
-    right: measures.Floats
-    logprob: measures.Floats
-    archived: measures.Floats
-
-
-def make_prompts(
-    task: str,
-    tokenizer: Any,
-    files: Sequence[Path],
-    lengths: Sequence[int],
-    depths: Sequence[float],
-    samples: int,
-    seed: int,
-) -> list[Prompt]:
-    """`samples` prompts of each length, in the order of `lengths`.
-
-    Args:
-        files: the haystack of "needle"; "recall" makes its own.
-        lengths: tokens of a prompt, its questions included; "recall" may fall a fact short.
-
-    Raises:
-        OptionsError: an unknown task, a depth outside [0, 1], or prompts too short for the facts.
-        CalibrationError: too little text.
-    """
-    if task not in TASKS:
-        raise OptionsError(f"there is no task {task!r}: use {' or '.join(TASKS)}.")
-    levels = sorted(set(depths))
-    if not 0 < len(levels) <= len(_PLACES) or levels[0] < 0 or levels[-1] > 1:
-        raise OptionsError(f"give 1 to {len(_PLACES)} depths from 0 to 1, not {list(depths)}.")
-    if len(levels) < len(depths):
-        raise OptionsError(f"a depth is given twice: {list(depths)}.")
-    writer = _Writer(tokenizer, levels)
-    result = []
-    for length in lengths:
-        if task == "needle":
-            hays = texts.windows(tokenizer, files, samples, length)
-        for sample in range(samples):
-            draw = random.Random(f"{seed} {task} {length} {sample}")
-            if task == "needle":
-                result.append(writer.needle(hays[sample], draw))
-            else:
-                result.append(writer.recall(length, draw))
-    return result
-
-
-class _Writer:
-    """Puts prompts together from pieces. A piece is tokenized by itself, so that an answer has
-    the same tokens in the fact and behind the question."""
-
-    def __init__(self, tokenizer: Any, depths: Sequence[float]) -> None:
-        self._tokenizer = tokenizer
-        self._depths = depths
-        self._start = tokenizer("").input_ids
-
-    def needle(self, hay: list[int], draw: random.Random) -> Prompt:
-        """Sentences in a window of text, cut to the window's length."""
-        places = draw.sample(_PLACES, len(self._depths))
-        facts: list[Fact] = [
-            (self._ids(f"\n\nThe secret number of {place} is "), self._number(draw))
-            for place in places
-        ]
-        end = self._ids(".\n")
-        written = sum(len(key) + len(value) + len(end) for key, value in facts)
-        room = len(hay) - 2 * written - len(self._start)
-        _check_room(room, len(hay))
-        body = hay[len(self._start) :][:room]
-        cuts = [round(depth * room) for depth in self._depths]
-        pieces = [body[a:b] for a, b in zip([0, *cuts], [*cuts, room], strict=True)]
-        tokens, places_of = [*self._start], []
-        for piece, (key, value) in zip(pieces, [*facts, ([], [])], strict=True):
-            tokens += piece
-            places_of.append((len(tokens), len(tokens) + len(key) + len(value)))
-            tokens += key + value + (end if key else [])
-        return self._ask(tokens, facts, places_of[:-1], end, draw)
-
-    def recall(self, length: int, draw: random.Random) -> Prompt:
-        """A list of facts of one form, as many as the length holds."""
-        end = self._ids("\n")
-        every: list[Fact] = []
-        keys: set[str] = set()
-        size, longest = len(self._start), 0
-        while True:
-            key = f"{draw.choice(_ANIMALS)} {draw.randrange(100, max(1000, length))}"
-            if key in keys:
-                continue
-            keys.add(key)
-            fact = self._ids(f"The number of {key} is "), self._number(draw)
-            tokens_of_fact = len(fact[0]) + len(fact[1]) + len(end)
-            longest = max(longest, tokens_of_fact)
-            if size + tokens_of_fact + longest * len(self._depths) > length:
-                break
-            every.append(fact)
-            size += tokens_of_fact
-        chosen = [round(depth * (len(every) - 1)) for depth in self._depths]
-        # Each depth needs a fact of its own.
-        _check_room(len(set(chosen)) + 1 - len(self._depths), length)
-        tokens, places_of = [*self._start], []
-        for words, value in every:
-            places_of.append((len(tokens), len(tokens) + len(words) + len(value)))
-            tokens += words + value + end
-        facts, where = [every[i] for i in chosen], [places_of[i] for i in chosen]
-        return self._ask(tokens, facts, where, end, draw)
-
-    def _ask(
-        self,
-        tokens: list[int],
-        facts: Sequence[Fact],
-        places: Sequence[Span],
-        end: list[int],
-        draw: random.Random,
-    ) -> Prompt:
-        order = list(range(len(facts)))
-        draw.shuffle(order)
-        questions = []
-        for i in order:
-            key, value = facts[i]
-            first = len(tokens) + len(key)
-            questions.append(Question(self._depths[i], places[i], (first, first + len(value))))
-            tokens = tokens + key + value + end
-        return Prompt(tokens, questions)
-
-    def _number(self, draw: random.Random) -> list[int]:
-        return self._ids("".join(draw.choice("0123456789") for _ in range(DIGITS)))
-
-    def _ids(self, text: str) -> list[int]:
-        return list(self._tokenizer(text, add_special_tokens=False).input_ids)
-
-
-def _check_room(room: int, length: int) -> None:
-    if room < 1:
-        raise OptionsError(
-            f"prompts of {length} tokens are too short for the facts and their questions: give "
-            "longer --length or fewer --depth."
-        )
+    right: Floats
+    logprob: Floats
+    archived: Floats
 
 
 def score(
     prompt: Prompt,
-    logprobs: measures.Floats,
+    logprobs: Floats,
     likeliest: NDArray[np.bool_],
     chunks: Sequence[int],
     policy: Policy | None,
@@ -283,7 +229,7 @@ def compare(
         for j, depth in enumerate(sorted(depths))
     ]
     change = (b["logprob"] - a["logprob"]).mean(2).ravel()
-    low, high = measures.bootstrap_mean(change, seed)
+    low, high = statistics.bootstrap_mean(change, seed)
     return {
         "cells": cells,
         "answers": int(np.prod(shape)),
@@ -292,17 +238,52 @@ def compare(
     }
 
 
-def _stacked(scores: Sequence[Score], shape: tuple[int, ...]) -> dict[str, measures.Floats]:
+def _stacked(scores: Sequence[Score], shape: tuple[int, ...]) -> dict[str, Floats]:
     names = ("right", "logprob", "archived")
     return {name: np.stack([getattr(s, name) for s in scores]).reshape(shape) for name in names}
 
 
-def _figures(
-    stock: dict[str, measures.Floats], other: dict[str, measures.Floats]
-) -> dict[str, Any]:
+def _figures(stock: dict[str, Floats], other: dict[str, Floats]) -> dict[str, Any]:
     figures = {}
     for suffix, scores in (("_stock", stock), ("", other)):
         figures[f"exact{suffix}"] = float(np.mean(scores["right"] == 1))
         figures[f"token_accuracy{suffix}"] = float(scores["right"].mean())
         figures[f"logprob{suffix}"] = float(scores["logprob"].mean())
     return figures | {"logprob_change": figures["logprob"] - figures["logprob_stock"]}
+
+
+def _rows(record: Record) -> list[list[str]]:
+    results: Any = record.results
+    low, high = results["logprob_change_ci95"]
+    archived = [cell["archived_share"] for cell in results["cells"]]
+    return [
+        [
+            *stored(record),
+            after_and_recent(record),
+            str(record.settings["through"]),
+            results["dtype"],
+            f"{sum(archived) / len(archived):.0%}",
+            f"{results['exact_stock']:.1%}",
+            f"{results['exact']:.1%}",
+            f"{results['token_accuracy_stock']:.1%}",
+            f"{results['token_accuracy']:.1%}",
+            f"{results['logprob_change']:+.4f} ({low:+.4f} to {high:+.4f})",
+            f"{results['answers']:,}",
+        ]
+    ]
+
+
+_HEADS = [
+    *PRESET_HEADS,
+    THRESHOLDS_HEAD,
+    "through",
+    "dtype",
+    "facts archived",
+    "answers right, stock",
+    "answers right",
+    "digits right, stock",
+    "digits right",
+    "log-probability of a digit, change (95 % interval)",
+    "answers",
+]
+TABLES = {task: Table(_HEADS, _rows, f"vllm-kvpca evaluate {task}") for task in TASKS}

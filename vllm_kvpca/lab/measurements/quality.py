@@ -1,29 +1,107 @@
 """What compression costs: stock against presets, teacher-forced through the served engine.
 
-Both engines read the same windows of text (see `reading`) and return the log-probability of every
-token and of the likeliest ones. What share of the attended keys of the compressed layers really
-was archived is part of the result.
+Both engines read the same windows of text (see `teacher_forced`) and return the log-probability
+of every token and of the likeliest ones. What share of the attended keys of the compressed layers
+really was archived is part of the result.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vllm_kvpca.calibration import statistics as measures
-from vllm_kvpca.lab import teacher_forced as reading
-from vllm_kvpca.lab.engine import EngineSettings
+from vllm_kvpca.calibration import statistics
+from vllm_kvpca.lab import presets, teacher_forced, texts
+from vllm_kvpca.lab.against_stock import (
+    ENGINE,
+    Done,
+    Thresholds,
+    nothing_done,
+    overlaps,
+    record_of,
+)
+from vllm_kvpca.lab.engine import STOCK, EngineSettings
 from vllm_kvpca.lab.record import Record
-from vllm_kvpca.pages.boundary import Policy
+from vllm_kvpca.lab.table import (
+    PRESET_HEADS,
+    THRESHOLDS_HEAD,
+    Table,
+    after_and_recent,
+    change,
+    one_row,
+    stored,
+)
+from vllm_kvpca.lab.teacher_forced import archived_share
 
 TOP = 20
 """Stock's likeliest tokens that the KL divergence is taken over, with one bucket for the rest."""
 RETURNED = 64
 """Likeliest tokens that each engine returns: more than TOP, so that a token of stock's TOP that
 fell behind in the other engine is still found."""
+
+
+def run(
+    model: str,
+    preset_names: Sequence[str],
+    text: Sequence[Path],
+    tokens: int = 20_480,
+    window: int = 2048,
+    chunk: int = 64,
+    thresholds: Sequence[Thresholds] = ((0, 0), (512, 256)),
+    through: str = ENGINE,
+    seed: int = 0,
+    done: Done = nothing_done,
+    **more: Any,
+) -> Iterator[Record]:
+    """Records of kind "quality": one for each preset and pair of thresholds.
+
+    Args:
+        tokens, window: tokens in all and per window; tokens // window windows are read.
+        chunk: tokens of each window per step.
+        through: "engine"; or "transformers" for load_preset_cache, which gives records of kind
+            "quality-transformers" with the whole KL divergence.
+        done: what to leave out; see against_stock.finished.
+        more: further EngineSettings.
+    """
+    presets.check(preset_names, model)
+    files = texts.find_texts(text)
+    seen = overlaps(preset_names, files)
+    windows = texts.windows(texts.tokenizer_of(model), files, max(1, tokens // window), window)
+    every = [
+        teacher_forced.settings_for(model, windows, chunk, name, pair, seed=seed, **more)
+        for name in preset_names
+        for pair in thresholds
+    ]
+    todo = [settings for settings in every if not done(settings)]
+    if not todo:
+        return
+    chosen = {"windows": len(windows), "window_tokens": window}
+    kl = f"over stock's {TOP} likeliest tokens and one bucket for the rest: "
+    for settings, results in zip(todo, _against_stock(todo, windows, through, seed), strict=True):
+        used = chosen | {
+            "kl": kl + "a lower bound of the full KL",
+            "calibration_overlap": seen[settings.preset],
+        }
+        kind = "quality" if through == ENGINE else f"quality-{through}"
+        yield record_of(kind, settings, results, used, files, results["dtype"])
+
+
+def _against_stock(
+    todo: Sequence[EngineSettings], windows: Sequence[Sequence[int]], through: str, seed: int
+) -> Iterator[dict[str, Any]]:
+    if through != ENGINE:
+        # Imported late: it loads transformers' models, which no engine needs.
+        from vllm_kvpca.lab.measurements import quality_transformers
+
+        yield from quality_transformers.measure(todo, windows, todo[0].chunk or 1, seed)
+        return
+    stock = score(todo[0].model_copy(update={"preset": STOCK}), windows)
+    for settings in todo:
+        yield compare(stock, score(settings, windows), seed)
 
 
 @dataclass(frozen=True)
@@ -33,22 +111,22 @@ class Scores:
     Attributes:
         target: (windows, tokens - 1) log-probability of each token after the first, nats.
         ids, logprobs: (windows, tokens - 1, RETURNED) the likeliest tokens, best first.
-        share: of attended keys that were archived; see measures.archived_share.
+        share: of attended keys that were archived; see teacher_forced.archived_share.
         align: tokens; step of the boundary, 0 in a stock engine.
         dtype: as resolved by the engine.
     """
 
-    target: measures.Floats
-    ids: measures.Ints
-    logprobs: measures.Floats
+    target: statistics.Floats
+    ids: statistics.Ints
+    logprobs: statistics.Floats
     share: float
     align: int
     dtype: str
 
 
 def score(settings: EngineSettings, windows: Sequence[Sequence[int]]) -> Scores:
-    """Run one engine over windows of equal length; see reading.read."""
-    read = reading.read(settings, windows, RETURNED)
+    """Run one engine over windows of equal length; see teacher_forced.read."""
+    read = teacher_forced.read(settings, windows, RETURNED)
     policy = read.policy
     return Scores(
         target=np.stack([values[:, 0] for values in read.logprobs]),
@@ -60,19 +138,12 @@ def score(settings: EngineSettings, windows: Sequence[Sequence[int]]) -> Scores:
     )
 
 
-def archived_share(chunks: list[int], policy: Policy | None) -> float:
-    """See measures.archived_share; 0 without a policy."""
-    if policy is None:
-        return 0.0
-    return measures.archived_share(chunks, policy.compress_after, policy.keep_recent, policy.align)
-
-
 def compare(stock: Scores, other: Scores, seed: int) -> dict[str, Any]:
     """The results of a record: `other` against `stock` on the same windows."""
-    low, high = measures.bootstrap_change(stock.target, other.target, seed)
+    low, high = statistics.bootstrap_change(stock.target, other.target, seed)
     kl = np.concatenate(
         [
-            measures.kl_lower_bound(*window)
+            statistics.kl_lower_bound(*window)
             for window in zip(
                 stock.ids[..., :TOP],
                 stock.logprobs[..., :TOP],
@@ -83,13 +154,13 @@ def compare(stock: Scores, other: Scores, seed: int) -> dict[str, Any]:
         ]
     )
     return {
-        "perplexity_stock": measures.perplexity(stock.target),
-        "perplexity": measures.perplexity(other.target),
-        "perplexity_change": measures.perplexity_change(stock.target, other.target),
+        "perplexity_stock": statistics.perplexity(stock.target),
+        "perplexity": statistics.perplexity(other.target),
+        "perplexity_change": statistics.perplexity_change(stock.target, other.target),
         "perplexity_change_ci95": [low, high],
         "kl_lower_bound_mean_nats": float(kl.mean()),
         "kl_lower_bound_p99_nats": float(np.quantile(kl, 0.99)),
-        "top1_agreement": measures.top1_agreement(
+        "top1_agreement": statistics.top1_agreement(
             stock.ids.reshape(-1, RETURNED), other.ids.reshape(-1, RETURNED)
         ),
         "archived_share_of_attended_keys": other.share,
@@ -99,28 +170,33 @@ def compare(stock: Scores, other: Scores, seed: int) -> dict[str, Any]:
     }
 
 
-def put_beside(record: Record, others: Sequence[Record]) -> Record:
-    """The record with "engine": what one of `others` says of the same preset, thresholds and
-    windows, or None. Of several the one with the same dtype, else with the finest."""
-    same = [o for o in others if o.kind == "quality" and _measured(o) == _measured(record)]
-    order = [record.results["dtype"], "float16", "bfloat16"]
-    found = min(same, key=lambda other: order.index(other.results["dtype"]), default=None)
-    names = (
-        "perplexity_change",
-        "perplexity_change_ci95",
-        "kl_lower_bound_mean_nats",
-        "top1_agreement",
-        "boundary_step_tokens",
-        "dtype",
+def _row(record: Record) -> list[str]:
+    results: Any = record.results
+    return [
+        *stored(record),
+        after_and_recent(record),
+        results["dtype"],
+        f"{results['archived_share_of_attended_keys']:.0%}",
+        change(results),
+        f"{results['kl_lower_bound_mean_nats']:.5f}",
+        f"{results['top1_agreement']:.2%}",
+        f"{results['predicted_tokens']:,}",
+    ]
+
+
+TABLES = {
+    "quality": Table(
+        [
+            *PRESET_HEADS,
+            THRESHOLDS_HEAD,
+            "dtype",
+            "attended keys archived",
+            "perplexity change (95 % interval)",
+            "KL, lower bound (nats)",
+            "same likeliest token",
+            "tokens",
+        ],
+        one_row(_row),
+        "vllm-kvpca evaluate quality",
     )
-    beside: dict[str, Any] | None = None
-    if found is not None:
-        beside = {name: found.results[name] for name in names} | {"commit": found.commit}
-    return record.model_copy(update={"results": record.results | {"engine": beside}})
-
-
-def _measured(record: Record) -> tuple[Any, ...]:
-    names = ("preset", "compress_after", "keep_recent", "windows", "window_tokens", "chunk")
-    chosen = [record.settings.get(name) for name in names]
-    texts = sorted(text.sha256 for text in record.texts)
-    return record.model_sha256, chosen, texts
+}

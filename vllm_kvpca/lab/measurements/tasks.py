@@ -7,7 +7,7 @@ archive.
 
 from __future__ import annotations
 
-import importlib.util
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,12 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from vllm_kvpca.errors import OptionsError, SetupError
-from vllm_kvpca.lab import engine
+from vllm_kvpca.lab import engine, presets
+from vllm_kvpca.lab.against_stock import Done, Thresholds, nothing_done, record_of
 from vllm_kvpca.lab.engine import EngineSettings
+from vllm_kvpca.lab.extra import need
+from vllm_kvpca.lab.record import Record
+from vllm_kvpca.lab.table import THRESHOLDS_HEAD, Table, after_and_recent, stored
 
 
 class Chosen(BaseModel):
@@ -37,17 +41,43 @@ class Chosen(BaseModel):
     num_fewshot: int | None = None
 
 
+def run(
+    model: str,
+    preset_names: Sequence[str],
+    chosen: Chosen,
+    chunk: int = 64,
+    thresholds: Sequence[Thresholds] = ((0, 0),),
+    seed: int = 0,
+    done: Done = nothing_done,
+    **more: Any,
+) -> Iterator[Record]:
+    """Records of kind "tasks": one for each preset and pair of thresholds."""
+    need("lm_eval")
+    presets.check(preset_names, model)
+    check(chosen)
+    common = EngineSettings(model=model, chunk=chunk, seed=seed, **more)
+    wanted = [
+        common.model_copy(update={"preset": name, "compress_after": after, "keep_recent": recent})
+        for name in preset_names
+        for after, recent in thresholds
+    ]
+    todo = [settings for settings in wanted if not done(settings)]
+    if not todo:
+        return
+    stock = measure(common, chosen)
+    used = chosen.model_dump(mode="json", exclude={"include_path"})
+    for settings in todo:
+        results = compare(stock, measure(settings, chosen))
+        yield record_of("tasks", settings, results, used, (), *chosen.tasks)
+
+
 def check(chosen: Chosen) -> None:
     """Load the tasks and their data once, before any engine starts.
 
     Raises:
-        SetupError: lm-eval is not installed, or a task's data cannot be had.
+        SetupError: a task's data cannot be had.
         OptionsError: no task of that name.
     """
-    if importlib.util.find_spec("lm_eval") is None:
-        raise SetupError(
-            "lm-eval is not installed: pip install 'vllm-kvpca[eval]' (or pip install lm-eval)."
-        )
     from lm_eval.tasks import get_task_dict
 
     manager = _manager(chosen)
@@ -146,3 +176,32 @@ def compare(stock: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
 def _number(value: Any) -> float | None:
     """lm-eval writes "N/A" where there is no standard error."""
     return float(value) if isinstance(value, int | float) else None
+
+
+def _rows(record: Record) -> list[list[str]]:
+    """A line for each task and metric."""
+    results: Any = record.results
+    return [
+        [
+            stored(record)[0],
+            after_and_recent(record),
+            f"{row['task']}: {row['metric']}",
+            _with_error(row["stock"], row["stderr_stock"]),
+            _with_error(row["preset"], row["stderr"]),
+            f"{row['examples']}",
+        ]
+        for row in results["rows"]
+    ]
+
+
+def _with_error(value: float, error: float | None) -> str:
+    return f"{value:.4f}" if error is None else f"{value:.4f} ± {error:.4f}"
+
+
+TABLES = {
+    "tasks": Table(
+        ["preset", THRESHOLDS_HEAD, "task", "stock", "preset", "examples"],
+        _rows,
+        "vllm-kvpca evaluate tasks",
+    )
+}

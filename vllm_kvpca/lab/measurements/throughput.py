@@ -10,21 +10,48 @@ process of its own.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from statistics import median
 from typing import Any
 
-import numpy as np
-
-from vllm_kvpca.lab import engine
+from vllm_kvpca.lab import engine, presets, texts
+from vllm_kvpca.lab.against_stock import record_of
 from vllm_kvpca.lab.engine import EngineSettings
 from vllm_kvpca.lab.progress import steps
+from vllm_kvpca.lab.record import Record
+from vllm_kvpca.lab.table import PRESET_HEADS, Table, one_row, stored
 
 
-def random_prompts(vocabulary: int, requests: int, length: int, seed: int) -> list[list[int]]:
-    """Token ids drawn evenly from the vocabulary: speed does not depend on what they mean."""
-    ids = np.random.default_rng(seed).integers(vocabulary, size=(requests, length))
-    return [row.tolist() for row in ids]
+def run(
+    model: str,
+    preset_names: Sequence[str],
+    requests: int = 16,
+    prompt_tokens: int = 1000,
+    generated: int = 128,
+    repeats: int = 3,
+    seed: int = 0,
+    **more: Any,
+) -> Iterator[Record]:
+    """Records of kind "throughput": one for each preset."""
+    presets.check(preset_names, model)
+    prompts = texts.random_prompts(texts.vocabulary(model), requests, prompt_tokens, seed)
+    common = EngineSettings(model=model, max_num_seqs=requests, seed=seed, **more)
+
+    def timed(settings: EngineSettings) -> dict[str, Any]:
+        times = measure(settings, prompts, generated, repeats)
+        return speeds(times, requests, prompt_tokens, generated)
+
+    stock = timed(common)
+    chosen = {
+        "requests": requests,
+        "prompt_tokens": prompt_tokens,
+        "generated_tokens": generated,
+        "repeats": repeats,
+    }
+    for name in preset_names:
+        settings = common.model_copy(update={"preset": name})
+        results = compare(stock, timed(settings))
+        yield record_of("throughput", settings, results, chosen)
 
 
 def measure(
@@ -85,3 +112,29 @@ def compare(stock: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
             for key in [f"{phase}_tokens_per_second"]
         },
     }
+
+
+def _row(record: Record) -> list[str]:
+    results: Any = record.results
+    cells = stored(record)
+    for phase in ("prompt", "decode"):
+        stock, own = (results[who][f"{phase}_tokens_per_second"] for who in ("stock", "preset"))
+        cells += [f"{stock:,.0f}", f"{own:,.0f}", f"{results[f'{phase}_ratio']:.2f}x"]
+    return cells
+
+
+TABLES = {
+    "throughput": Table(
+        [
+            *PRESET_HEADS,
+            "prompt tokens/s, stock",
+            "prompt tokens/s",
+            "against stock",
+            "decoded tokens/s, stock",
+            "decoded tokens/s",
+            "against stock",
+        ],
+        one_row(_row),
+        "vllm-kvpca evaluate throughput",
+    )
+}

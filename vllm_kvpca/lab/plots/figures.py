@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from vllm_kvpca.lab.extra import need
 from vllm_kvpca.lab.plots.dashboard import draw_dashboard
 from vllm_kvpca.lab.plots.memory import draw_block_life, draw_memory
 from vllm_kvpca.lab.plots.needle import draw_needle
@@ -86,7 +87,12 @@ def _short(record: Record) -> str:
 
 
 def draw_all(records: Sequence[Record], folder: Path) -> list[Path]:
-    """Draw every figure for which there are records; returns the files written."""
+    """Draw every figure for which there are records; returns the files written.
+
+    Raises:
+        SetupError: matplotlib or pillow is not installed.
+    """
+    need("matplotlib", "PIL")
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for figure in figures(records):
@@ -109,7 +115,12 @@ def missing(records: Sequence[Record]) -> list[str]:
 
 
 def problems(records: Sequence[Record], folder: Path) -> list[str]:
-    """What is wrong with a folder of figures: not drawn, drawn from other records, or without."""
+    """What is wrong with a folder of figures: not drawn, drawn from other records, or without.
+
+    Raises:
+        SetupError: pillow is not installed.
+    """
+    need("PIL")
     found = []
     expected = {
         figure.path(folder, theme): figure for figure in figures(records) for theme in THEMES

@@ -1,4 +1,4 @@
-"""Rows of the tables about running a server: soak, process layouts."""
+"""A server under mixed traffic for a long time: records of benchmarks/soak.py."""
 
 from __future__ import annotations
 
@@ -6,31 +6,10 @@ from typing import Any
 
 from vllm_kvpca.lab.engine import STOCK
 from vllm_kvpca.lab.record import Record
-
-SOAK_HEADS = [
-    "server",
-    "allocator",
-    "minutes",
-    "answered",
-    "dropped or cancelled",
-    "errors",
-    "preemptions",
-    "readings of the metrics (torn)",
-    "API server, MiB",
-    "engine core, MiB",
-    "worker, MiB",
-]
-LAYOUT_HEADS = [
-    "layout",
-    "engines",
-    "requests counted",
-    "archived tokens counted",
-    "readings meanwhile",
-    "of them torn, read again",
-]
+from vllm_kvpca.lab.table import Table
 
 
-def soak(record: Record) -> list[list[str]]:
+def _rows(record: Record) -> list[list[str]]:
     results: Any = record.results
     settings: Any = record.settings
     requests = results["requests"]
@@ -57,16 +36,22 @@ def _memory(processes: list[dict[str, Any]], role: str) -> str:
     return f"{quarters} ({one['slope_mib_per_minute']:+.2f} per minute)"
 
 
-def layouts(record: Record) -> list[list[str]]:
-    results: Any = record.results
-    return [
+TABLES = {
+    "soak": Table(
         [
-            f"`{name}`" if name.startswith("--") else name,
-            f"{one['engines']}",
-            f"{one['requests']}",
-            f"{one['archived_tokens']:,}",
-            f"{one['readings']:,}",
-            f"{one['read_again']}",
-        ]
-        for name, one in results["layouts"].items()
-    ]
+            "server",
+            "allocator",
+            "minutes",
+            "answered",
+            "dropped or cancelled",
+            "errors",
+            "preemptions",
+            "readings of the metrics (torn)",
+            "API server, MiB",
+            "engine core, MiB",
+            "worker, MiB",
+        ],
+        _rows,
+        "python benchmarks/soak.py",
+    )
+}

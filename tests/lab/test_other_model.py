@@ -1,0 +1,93 @@
+"""A preset of another model is refused by every command that takes one, before anything starts."""
+
+from __future__ import annotations
+
+import pytest
+import typer
+from transformers import Gemma3TextConfig, LlamaConfig
+from typer.testing import CliRunner
+
+from vllm_kvpca.cli.main import app
+from vllm_kvpca.errors import LayoutError, OptionsError, PresetMismatch, PresetNotFound
+from vllm_kvpca.lab import engine, presets
+from vllm_kvpca.lab.measurements import tasks
+from vllm_kvpca.preset import load_preset
+
+SMOLLM2 = "HuggingFaceTB--SmolLM2-135M-Instruct/k4v4"
+
+
+def commands(below, words=()):
+    """Words of every command that takes --preset, and its required options."""
+    if hasattr(below, "commands"):
+        for name, command in below.commands.items():
+            yield from commands(command, (*words, name))
+    elif any("--preset" in option.opts for option in below.params):
+        required = [option.opts[0] for option in below.params if option.required]
+        yield pytest.param(words, required, id=" ".join(words))
+
+
+COMMANDS = list(commands(typer.main.get_command(app)))
+
+
+@pytest.fixture
+def model(tmp_path):
+    """Folder of a model of which there is a configuration and nothing else."""
+
+    def write(name="other", config=None, **shape):
+        common = {"num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3}
+        config = config or LlamaConfig(**common | {"hidden_size": 576} | shape)
+        config.save_pretrained(tmp_path / name)
+        return str(tmp_path / name)
+
+    return write
+
+
+def test_there_are_commands_with_presets():
+    assert len(COMMANDS) >= 12
+
+
+@pytest.mark.parametrize(("words", "required"), COMMANDS)
+@pytest.mark.parametrize("name", ["other", "SmolLM2-135M-Instruct"])
+def test_refused_before_an_engine_starts(words, required, name, model, tmp_path, monkeypatch):
+    def start(*args, **kwargs):
+        raise AssertionError("an engine was started")
+
+    monkeypatch.setattr(engine, "in_process", start)
+    monkeypatch.setattr(engine, "start", start)
+    monkeypatch.setattr(tasks, "need", lambda *modules: None)  # lm-eval need not be here
+    (tmp_path / "text.txt").write_text("some text " * 1000)
+    # Another name with the right shape, and the right name with another shape.
+    folder = model(name) if name == "other" else model(name, num_hidden_layers=12)
+    given = {"--text": str(tmp_path / "text.txt"), "--tasks": "arc_easy"}
+    given |= {"--model": folder, "--preset": SMOLLM2}
+    chosen = [
+        word for option in {*required, "--model", "--preset"} for word in (option, given[option])
+    ]
+    result = CliRunner().invoke(app, [*words, *chosen, "--output", str(tmp_path / "records")])
+    assert result.exit_code == 1
+    assert "was calibrated for another model" in result.stderr
+    assert ("num_layers 30 (the model has 12)" in result.stderr) == (name != "other")
+    assert not (tmp_path / "records").exists()
+
+
+def test_a_preset_of_the_model_is_taken(model):
+    presets.check([SMOLLM2, "k8v4", "raw"], model("SmolLM2-135M-Instruct"))
+
+
+def test_only_layers_with_full_attention_need_a_basis(model):
+    shape = {"num_hidden_layers": 18, "num_key_value_heads": 1, "head_dim": 256}
+    folder = model("gemma-3-270m", Gemma3TextConfig(**shape))
+    preset = load_preset("google--gemma-3-270m/k4v4")
+    assert presets.shape_of(folder).layers == preset.config.layers == (5, 11, 17)
+    presets.check([preset.name], folder)
+
+
+def test_what_cannot_be_checked_is_refused_too(model):
+    with pytest.raises(PresetNotFound):
+        presets.check(["k8v4", "no-such-preset"], model())
+    with pytest.raises(LayoutError):
+        presets.check(["k8v4"], model("odd", head_dim=36))
+    with pytest.raises(OptionsError, match=r"configuration of --model .*nowhere cannot be read"):
+        presets.check(["k8v4"], "./nowhere")
+    with pytest.raises(PresetMismatch, match="chosen for another model"):
+        presets.check(["Qwen--Qwen2.5-7B/kh8v4"], model())
