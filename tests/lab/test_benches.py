@@ -13,6 +13,7 @@ from vllm_kvpca.lab import attention_contenders, gpu_engines
 from vllm_kvpca.lab.docs import tables
 from vllm_kvpca.lab.engine import STOCK, EngineSettings
 from vllm_kvpca.lab.measurements import engine_bench, kernels, memory_limited
+from vllm_kvpca.lab.record import load_all
 from vllm_kvpca.preset import load_preset
 
 ROOT = Path(__file__).parents[2]
@@ -117,3 +118,42 @@ def test_without_a_gpu_the_bench_says_so(what, monkeypatch):
     result = CliRunner().invoke(app, ["bench", what])
     assert result.exit_code == 1
     assert "NVIDIA GPU" in result.output
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    """As on a machine with a GPU; what is measured is made up."""
+    speeds = {STOCK: 2.0, "k8v4": 5.0}
+    found = {"tokens": 100, "tokens_per_second": 2.0}
+    monkeypatch.setattr(gpu_engines, "check", lambda names, model: None)
+    monkeypatch.setattr(engine_bench, "measure", lambda s: engine(100, speeds[s.preset], 50.0))
+    monkeypatch.setattr(memory_limited, "measure", lambda s: found)
+    monkeypatch.setattr(kernels, "read_bandwidth", lambda: 2000.0)
+    measured = lambda shape, names: [row(shape.name, name, shape.heads) for name in names]  # noqa: E731
+    monkeypatch.setattr(kernels, "measure", measured)
+
+
+@pytest.mark.parametrize("what", ["kernels", "engine", "memory-limited"])
+def test_the_bench_writes_a_record_of_all_it_was_asked_for(what, on_a_gpu, tmp_path):
+    model = str(ROOT / "benchmarks" / "models" / "Qwen2.5-7B-shaped")
+    shape = ["--shape", "2x64"] if what == "kernels" else []
+    words = ["bench", what, "--model", model, "--preset", "k8v4", *shape]
+    result = CliRunner().invoke(app, [*words, "--output", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    [record] = load_all(tmp_path)
+    assert (record.kind, record.model) == (what, "Qwen2.5-7B-shaped")
+    if what == "kernels":
+        rows = record.results["rows"]
+        names = ["k8v4", "k8v4, all archived"]
+        assert [r["contender"] for r in rows] == [*attention_contenders.PEERS, *names]
+        assert {(r["shape"], r["microseconds"]) for r in rows} == {("2x64", 28)}
+        assert record.settings == {"heads": 28, "kv_heads": 4, "head_dim": 128}
+    else:
+        assert set(record.results["engines"]) == {STOCK, "k8v4"}
+        assert record.settings["max_num_seqs"] == 256 and record.settings["eager"] is False
+
+
+def test_a_shape_that_makes_no_sense_is_refused(on_a_gpu):
+    result = CliRunner().invoke(app, ["bench", "kernels", "--shape", "8 x many"])
+    assert result.exit_code == 1
+    assert "BATCHxCONTEXT" in result.output

@@ -13,7 +13,7 @@ RECORDS = ["--records", str(ROOT / "benchmarks" / "records")]
 TASKS = ["evaluate", "tasks", "--model", MODEL, "--preset", "k8v4", "--tasks", "arc_easy"]
 COMMANDS = {
     "presets": ["presets", "--json"],
-    "tables": ["tables", "--check", *RECORDS],
+    "tables": ["tables", str(ROOT / "README.md"), "--check", *RECORDS],
     "calibrate": ["calibrate", "--help"],
     "memory": ["evaluate", "memory", "--model", MODEL, "--max-model-len", "1024"],
     "plot": ["plot", *RECORDS],
@@ -67,7 +67,7 @@ def found(output):
         for name, words in COMMANDS.items()
     }
     command = [sys.executable, "-c", SCRIPT, json.dumps(commands)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from vllm_kvpca.cli.main import app
 from vllm_kvpca.errors import LayoutError, OptionsError, PresetMismatch, PresetNotFound
-from vllm_kvpca.lab import engine, presets
+from vllm_kvpca.lab import engine, gpu_engines, presets
 from vllm_kvpca.lab.measurements import tasks
 from vllm_kvpca.preset import load_preset
 
@@ -54,6 +54,7 @@ def test_refused_before_an_engine_starts(words, required, name, model, tmp_path,
 
     monkeypatch.setattr(engine, "in_process", start)
     monkeypatch.setattr(engine, "start", start)
+    monkeypatch.setattr(gpu_engines.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(tasks, "need", lambda *modules: None)  # lm-eval need not be here
     (tmp_path / "text.txt").write_text("some text " * 1000)
     # Another name with the right shape, and the right name with another shape.

@@ -60,6 +60,21 @@ def _key(settings: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(settings[name] for name in names)
 
 
+def variants(
+    common: EngineSettings,
+    preset_names: Iterable[str],
+    thresholds: Sequence[Thresholds],
+    done: Done = nothing_done,
+) -> list[EngineSettings]:
+    """`common` with each preset and pair of thresholds, but for what is done."""
+    every = [
+        common.model_copy(update={"preset": name, "compress_after": after, "keep_recent": recent})
+        for name in preset_names
+        for after, recent in thresholds
+    ]
+    return [settings for settings in every if not done(settings)]
+
+
 def parse_thresholds(text: str) -> Thresholds:
     """ "512:256" to (512, 256).
 

@@ -14,6 +14,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
+
 from vllm_kvpca.errors import OptionsError
 from vllm_kvpca.lab import engine, presets, texts
 from vllm_kvpca.lab.engine import STOCK, EngineSettings
@@ -39,18 +41,16 @@ def check(names: Iterable[str], model: str) -> None:
     """Refuse what cannot be measured here, before anything starts.
 
     Args:
-        names: of engines or kernels; those that are no presets of a model are left out.
+        names: stock, presets, and calibrated formats, which get random bases.
 
     Raises:
-        PresetError: see presets.check.
         OptionsError: there is no GPU.
+        PresetError: see presets.check.
     """
-    random = {STOCK, STOCK_FP8, *CALIBRATED_FORMATS}
-    presets.check([name for name in names if name not in random], model)
-    import torch
-
     if not torch.cuda.is_available():
         raise OptionsError("vllm-kvpca bench measures on an NVIDIA GPU, and there is none here.")
+    of_no_model = {STOCK, STOCK_FP8, *CALIBRATED_FORMATS}
+    presets.check([name for name in names if name not in of_no_model], model)
 
 
 @dataclass(frozen=True)

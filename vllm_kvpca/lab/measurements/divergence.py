@@ -14,7 +14,14 @@ from typing import Any
 import numpy as np
 
 from vllm_kvpca.lab import presets, texts
-from vllm_kvpca.lab.against_stock import Done, Thresholds, nothing_done, overlaps, record_of
+from vllm_kvpca.lab.against_stock import (
+    Done,
+    Thresholds,
+    nothing_done,
+    overlaps,
+    record_of,
+    variants,
+)
 from vllm_kvpca.lab.engine import STOCK, EngineSettings
 from vllm_kvpca.lab.measurements.identity import Answer, answer, identical_tokens
 from vllm_kvpca.lab.record import Record
@@ -48,14 +55,11 @@ def run(
         seed=seed,
         **more,
     )
-    wanted = [
-        common.model_copy(update={"max_num_batched_tokens": common.max_num_batched_tokens // 2})
-    ]
-    for name in preset_names:
-        for after, recent in thresholds:
-            changes = {"preset": name, "compress_after": after, "keep_recent": recent}
-            wanted.append(common.model_copy(update=changes))
-    todo = [settings for settings in wanted if not done(settings)]
+    control = common.model_copy(
+        update={"max_num_batched_tokens": common.max_num_batched_tokens // 2}
+    )
+    todo = [] if done(control) else [control]
+    todo += variants(common, preset_names, thresholds, done)
     if not todo:
         return
     stock, dtype = answer(common, windows, generated)

@@ -26,6 +26,7 @@ from vllm_kvpca.lab.against_stock import (
     nothing_done,
     overlaps,
     record_of,
+    variants,
 )
 from vllm_kvpca.lab.engine import STOCK, EngineSettings
 from vllm_kvpca.lab.hidden_facts import TASKS, Prompt, Question, make_prompts
@@ -65,15 +66,11 @@ def run(
     tokenizer = texts.tokenizer_of(model)
     prompts = make_prompts(task, tokenizer, files, lengths, depths, samples, seed)
     tokens = [prompt.tokens for prompt in prompts]
-    wanted = [
-        teacher_forced.settings_for(model, tokens, chunk, name, pair, seed=seed, **more)
-        for name in preset_names
-        for pair in thresholds
-    ]
-    todo = [settings for settings in wanted if not done(settings)]
-    readings = _read(todo, prompts, chunk, through)
+    common = teacher_forced.settings_for(model, tokens, chunk, seed=seed, **more)
+    todo = variants(common, preset_names, thresholds, done)
     if not todo:
         return
+    readings = _read(todo, prompts, chunk, through)
     stock, _ = next(readings)
     chosen = {
         "lengths": list(lengths),

@@ -23,6 +23,7 @@ from vllm_kvpca.lab.against_stock import (
     nothing_done,
     overlaps,
     record_of,
+    variants,
 )
 from vllm_kvpca.lab.engine import STOCK, EngineSettings
 from vllm_kvpca.lab.record import Record
@@ -71,12 +72,8 @@ def run(
     files = texts.find_texts(text)
     seen = overlaps(preset_names, files)
     windows = texts.windows(texts.tokenizer_of(model), files, max(1, tokens // window), window)
-    every = [
-        teacher_forced.settings_for(model, windows, chunk, name, pair, seed=seed, **more)
-        for name in preset_names
-        for pair in thresholds
-    ]
-    todo = [settings for settings in every if not done(settings)]
+    common = teacher_forced.settings_for(model, windows, chunk, seed=seed, **more)
+    todo = variants(common, preset_names, thresholds, done)
     if not todo:
         return
     chosen = {"windows": len(windows), "window_tokens": window}

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict
 
 from vllm_kvpca.errors import OptionsError, SetupError
 from vllm_kvpca.lab import engine, presets
-from vllm_kvpca.lab.against_stock import Done, Thresholds, nothing_done, record_of
+from vllm_kvpca.lab.against_stock import Done, Thresholds, nothing_done, record_of, variants
 from vllm_kvpca.lab.engine import EngineSettings
 from vllm_kvpca.lab.extra import need
 from vllm_kvpca.lab.record import Record
@@ -56,12 +56,7 @@ def run(
     presets.check(preset_names, model)
     check(chosen)
     common = EngineSettings(model=model, chunk=chunk, seed=seed, **more)
-    wanted = [
-        common.model_copy(update={"preset": name, "compress_after": after, "keep_recent": recent})
-        for name in preset_names
-        for after, recent in thresholds
-    ]
-    todo = [settings for settings in wanted if not done(settings)]
+    todo = variants(common, preset_names, thresholds, done)
     if not todo:
         return
     stock = measure(common, chosen)
