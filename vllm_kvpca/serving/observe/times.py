@@ -2,6 +2,7 @@
 
 Nothing here waits: on a GPU two events frame the archive of one layer and are read once they
 have passed; the engine asks its workers every few seconds and takes the answer when it is there.
+And nothing here ends a step: what fails is logged once, and samples are missing.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ from typing import Any
 
 import torch
 
+from vllm_kvpca.serving.log import contained
+
+WHAT = "times of archiving"
 ASK_EVERY = 2.0
 """Seconds between two questions to the workers; each costs a message, not a wait."""
 
@@ -39,11 +43,15 @@ class ArchiveTimer:
         self._step = step
         if device.type != "cuda":
             return time.perf_counter()
-        return None if torch.cuda.is_current_stream_capturing() else _event()
+        with contained(WHAT):
+            return None if torch.cuda.is_current_stream_capturing() else _event()
+        return None
 
     def stop(self, started: _Mark | None) -> None:
         """End a sample; nothing to do for None."""
-        if started is not None:
+        if started is None:
+            return
+        with contained(WHAT):
             end = time.perf_counter() if isinstance(started, float) else _event()
             self._pending.append((started, end))
 
@@ -74,8 +82,14 @@ timer = ArchiveTimer()
 
 
 def take_samples(worker: Any) -> list[float]:
-    """Run in each worker by the engine's collective_rpc."""
-    return timer.take()
+    """Run in each worker by the engine's collective_rpc.
+
+    An error must stay here: of several workers that answer with one, vLLM's executor reads the
+    first answer only, and takes the others for answers to the next question.
+    """
+    with contained(WHAT):
+        return timer.take()
+    return []
 
 
 class SampleFetcher:
@@ -87,12 +101,14 @@ class SampleFetcher:
         self._asked = 0.0
 
     def take(self) -> list[float]:
-        """What has arrived since the last call."""
+        """What has arrived since the last call; nothing, if the workers could not be asked."""
         samples: list[float] = []
         if self._answer is not None and self._answer.done():
-            samples = self._answer.result()[0]
-            self._answer = None
+            answer, self._answer = self._answer, None
+            with contained(WHAT):
+                samples = answer.result()[0]
         if self._answer is None and time.monotonic() - self._asked >= ASK_EVERY:
             self._asked = time.monotonic()
-            self._answer = self._executor.collective_rpc(take_samples, non_block=True)
+            with contained(WHAT):
+                self._answer = self._executor.collective_rpc(take_samples, non_block=True)
         return samples

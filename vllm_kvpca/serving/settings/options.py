@@ -24,6 +24,13 @@ from vllm_kvpca.serving.log import logger
 KEY = "kv_compression"
 
 
+def asks_for_compression(config: Any) -> bool:
+    """Whether a VllmConfig, or EngineArgs, asks for KV compression. Raises nothing, whatever
+    `config` is: servers that do not compress ask too."""
+    additional = getattr(config, "additional_config", None)
+    return isinstance(additional, dict) and additional.get(KEY) is not None
+
+
 class CompressionOptions(BaseModel):
     """What the user asked for.
 
