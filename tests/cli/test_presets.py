@@ -12,7 +12,7 @@ from vllm_kvpca.calibration.card import MEASURED_ROW
 from vllm_kvpca.cli.main import app
 from vllm_kvpca.lab.docs import preset_cards as measured
 from vllm_kvpca.lab.record import load_all
-from vllm_kvpca.preset import FORMATS, files, list_shipped
+from vllm_kvpca.preset import FORMATS, find, list_shipped
 
 RECORDS = Path(__file__).parents[2] / "benchmarks" / "records"
 SMOLLM2 = "HuggingFaceTB--SmolLM2-135M-Instruct"
@@ -68,8 +68,8 @@ def test_a_record_belongs_to_the_preset_of_its_model():
 @pytest.mark.parametrize("name", ["measured.json", f"{SMOLLM2}/k5v4/README.md"])
 def test_what_is_stale_is_found_and_written(tmp_path, monkeypatch, name):
     root = tmp_path / "presets"
-    shutil.copytree(files.shipped_root(), root)
-    for module in (files, measured):
+    shutil.copytree(find.shipped_root(), root)
+    for module in (find, measured):
         monkeypatch.setattr(module, "shipped_root", lambda: root)
     path = root / name
     right = path.read_text()

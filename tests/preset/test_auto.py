@@ -8,7 +8,7 @@ from vllm_kvpca.calibration.architecture import ARCHITECTURES, write_card
 from vllm_kvpca.errors import PresetMismatch
 from vllm_kvpca.preset import list_shipped, load_preset
 from vllm_kvpca.preset.choose import choose_preset
-from vllm_kvpca.preset.files import shipped_root
+from vllm_kvpca.preset.find import shipped_root
 from vllm_kvpca.preset.names import same_family
 
 QWEN = "Qwen--Qwen2.5-7B/kh8v4"

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import struct
+import time
+import tracemalloc
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from vllm_kvpca.errors import PresetInvalid, PresetMismatch, PresetNotFound
@@ -16,11 +20,11 @@ from vllm_kvpca.preset import (
     Preset,
     PresetConfig,
     TensorFormat,
-    files,
-    list_shipped,
+    find,
     load_preset,
     save_preset,
 )
+from vllm_kvpca.preset import basis_file as basis_module
 from vllm_kvpca.preset.formats import CALIBRATED_FORMATS
 
 LAYERS, KV_HEADS, HEAD_DIM = 3, 2, 64
@@ -125,8 +129,8 @@ def test_a_config_that_is_no_json(folder):
 
 
 def test_a_huge_config_is_not_parsed(folder):
-    (folder / "config.json").write_text(" " * (files.MAX_CONFIG_BYTES + 1))
-    refused(folder, r"larger than 1048576 bytes")
+    (folder / "config.json").write_text(" " * (find.MAX_BYTES["config.json"] + 1))
+    refused(folder, r"larger than 65536 bytes")
 
 
 def test_an_unknown_field(folder):
@@ -169,6 +173,49 @@ def test_a_share_that_is_no_fraction(folder, share):
     refused(folder, r'share: .*a fraction of head_dim such as "3/8"')
 
 
+TOO_LARGE = [
+    ("model", {"num_layers": 10**7}, r"model\.num_layers: .*less than or equal to 1024"),
+    ("model", {"num_layers": 10**4000}, r"model\.num_layers: "),
+    ("model", {"num_layers": 0}, r"model\.num_layers: .*greater than 0"),
+    ("model", {"num_kv_heads": 10**7}, r"model\.num_kv_heads: .*less than or equal to 1024"),
+    ("model", {"head_dim": 10**9}, r"model\.head_dim: .*less than or equal to 1024"),
+    ("model", {"name": "x" * 30_000}, r"model\.name: .*at most 256"),
+    ("model", {"revision": "x" * 30_000}, r"model\.revision: .*at most 256"),
+    (None, {"description": "x" * 30_000}, r"description: .*at most 4096"),
+    (None, {"format": "x" * 30_000}, r"format: .*at most 64"),
+    (None, {"layers": [1] * 9000}, r"layers: .*at most 1024"),
+    (None, {"layers": [-1] * 9000}, r"layers\.0: .*greater than or equal to 0"),
+    (None, {f"field{i}": i for i in range(3000)}, r"field0: Extra inputs .*2999 more"),
+    (None, {"layers": []}, r"layers: .*at least 1"),
+    (None, {"layers": [10**30]}, r"layers\.0: .*less than 1024"),
+    (None, {"layers": [-1]}, r"layers\.0: .*greater than or equal to 0"),
+    (None, {"layers": [0, 0]}, r"layers \[0, 0\] must be different"),
+    (None, {"layers": [0, LAYERS]}, r"must be different indices below 3"),
+    (None, {"schema_version": 10**7}, r"schema_version"),
+    (None, {"k": one_band(10**7)}, r"k\.bands\.0\.bits"),
+    (None, {"k": one_band(8, share=10**4000)}, r"k\.bands\.0\.share"),
+    (None, {"k": one_band(8, share=1e-300)}, r"k: .*add up to 1"),
+    (None, {"k": {"basis": "x" * 30_000, "bands": []}}, r"k\.basis"),
+    (None, {"k": {"basis": "pca", "bands": [{"share": "1", "bits": 8}] * 2000}}, "at most 16"),
+]
+
+
+@pytest.mark.parametrize(("part", "changes", "words"), TOO_LARGE, ids=range(len(TOO_LARGE)))
+def test_every_number_list_and_string_has_a_limit(folder, part, changes, words):
+    """Refused for the price of the file itself: at most 64 KiB, not of what it says."""
+    if part:
+        changes = {part: json.loads((folder / "config.json").read_text())[part] | changes}
+    edit_config(folder, **changes)
+    tracemalloc.start()
+    begun = time.process_time()
+    try:
+        refused(folder, words)
+        assert tracemalloc.get_traced_memory()[1] < 12 << 20
+    finally:
+        tracemalloc.stop()
+    assert time.process_time() - begun < 1
+
+
 def test_a_calibrated_format_without_its_model(folder):
     edit_config(folder, model=None)
     refused(folder, r'the field "model" is missing')
@@ -196,8 +243,81 @@ def test_a_basis_file_that_is_something_else(folder):
 
 
 def test_a_huge_basis_file_is_not_read(folder, monkeypatch):
-    monkeypatch.setattr(files, "MAX_BASIS_BYTES", 1000)
+    monkeypatch.setitem(find.MAX_BYTES, "basis.safetensors", 1000)
     refused(folder, r"larger than 1000 bytes")
+
+
+@pytest.fixture
+def nothing_read(monkeypatch):
+    """Fails if a tensor is read."""
+
+    class Header:
+        def __init__(self, *arguments):
+            self.file = safe_open(*arguments)
+
+        def __enter__(self):
+            self.file.__enter__()
+            return self
+
+        def __exit__(self, *error):
+            return self.file.__exit__(*error)
+
+        def __getattr__(self, name):
+            assert name != "get_tensor", "a tensor was read"
+            return getattr(self.file, name)
+
+    monkeypatch.setattr(basis_module, "safe_open", Header)
+
+
+def write_header(folder: Path, header: object, size: int, length: int | None = None) -> None:
+    """A basis file with any header and `size` bytes of (sparse) data behind it."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    with (folder / "basis.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(text) if length is None else length) + text)
+        file.truncate(8 + len(text) + size)
+
+
+def entry(dtype: str, shape: tuple[int, ...], end: int, begin: int = 0) -> dict:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+RIGHT = (LAYERS, KV_HEADS, HEAD_DIM, HEAD_DIM)
+RIGHT_BYTES = 2 * LAYERS * KV_HEADS * HEAD_DIM**2
+
+
+@pytest.mark.parametrize(
+    ("header", "size", "length", "words"),
+    [
+        (b"{}", 0, 2**63, r"header is said to be 9,223,372,036,854,775,808 bytes"),
+        (b"{}", 0, 10**8, r"header is said to be 100,000,000 bytes"),
+        ({"__metadata__": {"x": "y" * 90_000}}, 0, None, r"header is said to be 90,"),
+        (b"[" * 60_000, 0, None, r"cannot be read"),
+        (b"\xff" * 100, 0, None, r"cannot be read"),
+        ({"v_basis": entry("F16", (2**40,), 2**41)}, 0, None, r"cannot be read"),
+        ({"v_basis": entry("F32", (2**14, 2**14), 2**30)}, 2**30, None, r"larger than"),
+        ({"v_basis": entry("F32", (2**13, 2**13), 2**28)}, 2**28, None, r"is F32 \(8192, 8192\)"),
+        # Offsets that do not fit the shape, lie outside, or leave a gap.
+        ({"v_basis": entry("F16", RIGHT, 8)}, RIGHT_BYTES, None, r"cannot be read"),
+        ({"v_basis": entry("F16", RIGHT, RIGHT_BYTES)}, 8, None, r"cannot be read"),
+        ({"v_basis": entry("F16", RIGHT, RIGHT_BYTES)}, 2**28, None, r"cannot be read"),
+        ({f"t{i}": entry("F16", (0,), 0) for i in range(999)}, 0, None, r"not the bases of"),
+    ],
+    ids=range(12),
+)
+def test_a_header_that_lies_costs_nothing(folder, nothing_read, header, size, length, words):
+    write_header(folder, header, size, length)
+    tracemalloc.start()
+    try:
+        refused(folder, words)
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_bases_declared_larger_than_any(folder, nothing_read):
+    shape = json.loads((folder / "config.json").read_text())["model"]
+    edit_config(folder, model=shape | {"num_layers": 1024, "num_kv_heads": 1024, "head_dim": 1024})
+    refused(folder, r"declares, 1 times \(1024, 1024, 1024, 1024\), are larger than")
 
 
 @pytest.mark.parametrize("names", [["k_basis"], ["v_basis", "k_basis"], ["V"], []])
@@ -218,13 +338,16 @@ def test_wrong_tensor_names(folder, names):
 )
 def test_a_basis_of_another_shape(folder, shape):
     write_basis(folder, v_basis=torch.zeros(shape))
-    refused(folder, r"v_basis is torch\.float32 \(.*config\.json says")
+    refused(folder, r"v_basis is F32 \(.*config\.json says")
 
 
-@pytest.mark.parametrize("dtype", [torch.int32, torch.float8_e4m3fn, torch.float64])
-def test_a_basis_of_another_dtype(folder, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "name"),
+    [(torch.int32, "I32"), (torch.float8_e4m3fn, "F8_E4M3"), (torch.float64, "F64")],
+)
+def test_a_basis_of_another_dtype(folder, dtype, name):
     write_basis(folder, v_basis=orthonormal().to(dtype))
-    refused(folder, f"v_basis is {dtype}.*not float16 or float32")
+    refused(folder, f"v_basis is {name}.*not F16 or F32")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -311,66 +434,3 @@ def test_layers_without_a_basis_are_named(tmp_path):
 
 def test_formats_without_calibration_fit_any_model():
     load_preset("k8v4").check_model(["anything"], 80, 8, 128, list(range(80)))
-
-
-# --- where a name leads ---------------------------------------------------------------------
-
-
-@pytest.fixture
-def no_hub(monkeypatch):
-    def fail(*_, **__):
-        raise ConnectionError("offline\nsecond line")
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
-
-
-def test_a_folder_comes_before_a_shipped_name(folder, monkeypatch, no_hub):
-    (folder / "k8v4").mkdir()
-    save_preset(folder / "k8v4", FORMATS["k8v8"], {}, "")
-    monkeypatch.chdir(folder)
-    assert load_preset("k8v4").config.format == "k8v8"
-
-
-def test_a_shipped_name_comes_before_the_hub(folder, monkeypatch, no_hub):
-    monkeypatch.setattr(files, "list_shipped", lambda: {"org--Model-1B/v-mixed": folder})
-    assert load_preset("org--Model-1B/v-mixed").config.format == "v-mixed"
-
-
-def test_shipped_folders_are_named_model_and_format(tmp_path, monkeypatch):
-    save_preset(tmp_path / "org--Model-1B" / "v-mixed", make_config(), {"v": orthonormal()}, "")
-    monkeypatch.setattr(files, "shipped_root", lambda: tmp_path)
-    assert list(list_shipped()) == [*FORMATS, "org--Model-1B/v-mixed"]
-
-
-@pytest.mark.parametrize("name", list(list_shipped()))
-def test_every_shipped_preset_loads(name, no_hub):
-    assert load_preset(name).name == name
-
-
-def test_the_hub_is_asked_for_a_presets_files_only(folder, monkeypatch):
-    asked = {}
-
-    def download(name, allow_patterns):
-        asked.update(name=name, files=allow_patterns)
-        return str(folder)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    assert load_preset("someone/kv-preset").config.format == "v-mixed"
-    assert asked == {
-        "name": "someone/kv-preset",
-        "files": ["config.json", "basis.safetensors", "README.md", "calibration.json"],
-    }
-
-
-def test_a_hub_that_does_not_answer(no_hub):
-    words = r"no folder or shipped preset 'someone/kv-preset'.*ConnectionError: offline Known"
-    with pytest.raises(PresetNotFound, match=words):
-        load_preset("someone/kv-preset")
-
-
-@pytest.mark.parametrize(
-    "name", ["k8v5", "./missing/folder", "/missing", "~nobody-here/x", "a/b/c", "x" * 5000]
-)
-def test_an_unknown_name_lists_the_known_ones(name, no_hub):
-    with pytest.raises(PresetNotFound, match=r"there is no preset .*k8v4.*give a folder"):
-        load_preset(name)

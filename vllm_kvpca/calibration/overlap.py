@@ -14,21 +14,21 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
 
 from vllm_kvpca.calibration.text import TextFile, describe
 from vllm_kvpca.errors import CalibrationError, PresetInvalid
-from vllm_kvpca.preset.files import CARD_FILE, TEXTS_FILE
+from vllm_kvpca.preset.find import CARD_FILE, TEXTS_FILE, read_file
 
 SHINGLE = 50
 """Words of a shingle: more than licence lines and idioms that unrelated texts share."""
 SKETCH = 4096
 ALLOWED_SHARE = 0.01
 """Of the evaluation text. Boilerplate that many files carry stays below it."""
-_MAX_BYTES = 1 << 20
 _BATCH_WORDS = 1 << 18
 _BITS = 48
 """Of a stored hash: twelve hexadecimal digits."""
@@ -44,8 +44,11 @@ class Text(_Strict):
     """A text that was read for calibration."""
 
     name: str
-    bytes: int
+    bytes: int = Field(ge=0)
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{12}$")]
 
 
 class CalibrationTexts(_Strict):
@@ -56,9 +59,9 @@ class CalibrationTexts(_Strict):
         shingles: the smallest hashes of all shingles, ascending, hexadecimal.
     """
 
-    texts: tuple[Text, ...]
+    texts: Annotated[tuple[Text, ...], FailFast()]
     shingle_words: int = Field(ge=1, le=1000)
-    shingles: tuple[str, ...] = Field(max_length=SKETCH)
+    shingles: Annotated[tuple[Hash, ...], FailFast()] = Field(max_length=SKETCH)
 
 
 def of_files(files: Sequence[Path]) -> CalibrationTexts:
@@ -87,12 +90,11 @@ def load(folder: Path) -> CalibrationTexts | None:
         PresetInvalid: the file is damaged.
     """
     path = folder / TEXTS_FILE
-    if not path.is_file():
+    content = read_file(folder, TEXTS_FILE)
+    if content is None:
         return None
     try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise ValueError(f"larger than {_MAX_BYTES} bytes")
-        return CalibrationTexts.model_validate_json(path.read_bytes())
+        return CalibrationTexts.model_validate_json(content)
     except (ValidationError, ValueError) as error:
         first = str(error).splitlines()[0]
         raise PresetInvalid(f"{path} cannot be read ({first}): calibrate anew.") from error
@@ -114,10 +116,9 @@ def check(name: str, folder: Path, files: Sequence[Path]) -> float | None:
         CalibrationError: a file was calibrated on, or too large a share of the text.
     """
     known = load(folder)
-    card = folder / CARD_FILE
     # Cards of older presets list the checksums as well.
     sums = {t.sha256 for t in known.texts} if known else set()
-    listed = card.read_text(errors="replace") if card.is_file() else ""
+    listed = (read_file(folder, CARD_FILE) or b"").decode(errors="replace")
     way_out = "give --text that it has not seen, or measure a preset that needs no calibration."
     for path in files:
         digest = describe(path).sha256

@@ -18,7 +18,7 @@ ROTATED_RANGE = 2.0**96
 """Values beyond it are cut to it before they are rotated, so that sums in float32 stay finite.
 
 float16 ends far below, and nothing that a model computes in bfloat16 comes near; the rest up to
-2^128 is room for the basis (its entries, MAX_CONDITION of preset.files) and the sum over a head."""
+2^128 is room for the basis (MAX_CONDITION of preset.basis_file) and the sum over a head."""
 ORTHONORMAL_TOLERANCE = 5e-3
 """Entries of float16 bases are off by up to 5e-4; sums over 256 of them stay below this."""
 

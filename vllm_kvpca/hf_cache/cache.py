@@ -171,7 +171,8 @@ def load_preset_cache(
     """A cache for `model.generate(..., past_key_values=cache)`. Make one for each generation.
 
     Args:
-        preset_path: a folder, a shipped name or a Hub repository, as for the server.
+        preset_path: a shipped name, a folder ("./mine") or a Hub repository ("org/name",
+            "org/name@revision"), as for the server.
         num_layers: layers of the model; may be left out where `config` is given.
         device: where the model computes; checked at the first token. None: anywhere. Every layer
             stores on the device of its K and V, so a model may be spread over several.

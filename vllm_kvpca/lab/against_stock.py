@@ -19,7 +19,7 @@ from vllm_kvpca.lab.record import (
     source_state,
 )
 from vllm_kvpca.preset import load_preset, preset_folder
-from vllm_kvpca.preset.files import TEXTS_FILE
+from vllm_kvpca.preset.find import TEXTS_FILE
 
 Thresholds = tuple[int, int]
 """compress_after, keep_recent."""

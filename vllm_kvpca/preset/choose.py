@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vllm_kvpca.preset.files import CONFIG_FILE, list_shipped, load_config
+from vllm_kvpca.preset.files import load_config
+from vllm_kvpca.preset.find import list_shipped
 from vllm_kvpca.preset.formats import DEFAULT, DEFAULT_WITH_KEY_BIAS, RECOMMENDED
 from vllm_kvpca.preset.names import same_family, same_model
 from vllm_kvpca.preset.schema import PresetConfig
@@ -31,7 +32,7 @@ def choose_preset(
             return name, "it is shipped for this model."
     for name, folder in shipped.items():
         if folder and any(same_family(name.partition("/")[0], served) for served in names):
-            config = load_config(name, folder / CONFIG_FILE)
+            config = load_config(name, folder)
             if not config.calibrated and shape in (None, _shape(config)):
                 return name, (
                     "it is shipped for this architecture, not measured on it. " + config.description

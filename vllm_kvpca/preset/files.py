@@ -1,4 +1,4 @@
-"""Load, save and find presets. A preset is untrusted input: no pickle, limits on every size.
+"""Load and save presets. A preset is untrusted input: no pickle, limits on every size.
 
 <folder>/config.json          PresetConfig
 <folder>/basis.safetensors    "k_basis", "v_basis": (layers, kv_heads, head_dim, head_dim)
@@ -18,30 +18,27 @@ from pathlib import Path
 
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from vllm_kvpca.codec.basis import (
-    ORTHONORMAL_TOLERANCE,
-    hadamard_basis,
-    orthonormality_error,
-)
+from vllm_kvpca.codec.basis import hadamard_basis
 from vllm_kvpca.errors import PresetInvalid, PresetMismatch, PresetNotFound
 from vllm_kvpca.pages.layer_plan import Stream
 from vllm_kvpca.pages.layout import ArchiveLayout
+from vllm_kvpca.preset.basis_file import load_bases
+from vllm_kvpca.preset.find import (
+    BASIS_FILE,
+    CARD_FILE,
+    CONFIG_FILE,
+    list_shipped,
+    preset_folder,
+    read_file,
+)
 from vllm_kvpca.preset.forks import one_thread
 from vllm_kvpca.preset.formats import FORMATS, RECOMMENDED
 from vllm_kvpca.preset.names import same_family, same_model
 from vllm_kvpca.preset.schema import PresetConfig, TensorFormat
 
-CONFIG_FILE = "config.json"
-BASIS_FILE = "basis.safetensors"
-CARD_FILE = "README.md"
-TEXTS_FILE = "calibration.json"
-MAX_CONFIG_BYTES = 1 << 20
-MAX_BASIS_BYTES = 4 << 30
-MAX_CONDITION = 1e4
-"""Of bases that are not orthonormal: beyond this the float16 of a file is not exact enough."""
+__all__ = ["Preset", "list_shipped", "load_config", "load_preset", "preset_folder", "save_preset"]
 
 
 @dataclass(frozen=True)
@@ -150,145 +147,54 @@ class Preset:
             )
 
 
-def shipped_root() -> Path:
-    """Folder of the shipped presets: in the wheel, or `presets/` of a checkout."""
-    package = Path(__file__).resolve().parent.parent
-    packaged = package / "_presets"
-    return packaged if packaged.is_dir() else package.parent / "presets"
-
-
-def list_shipped() -> dict[str, Path | None]:
-    """Names of all shipped presets; calibration-free formats have no folder."""
-    names: dict[str, Path | None] = dict.fromkeys(FORMATS, None)
-    root = shipped_root()
-    for config in sorted(root.glob(f"*/*/{CONFIG_FILE}")):
-        names[config.parent.relative_to(root).as_posix()] = config.parent
-    return names
-
-
 def load_preset(name: str | os.PathLike[str]) -> Preset:
     """Load and check a preset.
 
     Args:
-        name: a folder, a shipped name such as "k8v4" or
-            "HuggingFaceTB--SmolLM2-135M-Instruct/v-mixed", or a Hub repository "org/name".
+        name: a shipped name such as "k8v4" or "HuggingFaceTB--SmolLM2-135M-Instruct/v-mixed"; a
+            folder, written with a separator ("./mine"), or any path object; or a repository of
+            the Hub, "org/name" or "org/name@revision".
 
     Raises:
         PresetNotFound: nothing of that name.
-        PresetInvalid: files missing or damaged, unknown fields, NaN, or no orthonormal basis.
+        PresetInvalid: files missing, damaged, too large or outside of the folder, unknown fields,
+            NaN, or no orthonormal basis.
     """
-    name = os.fspath(name)
     folder = preset_folder(name)
-    return _load_folder(name, folder) if folder else Preset(name, FORMATS[name])
-
-
-def preset_folder(name: str) -> Path | None:
-    """Where a preset's files are, downloaded if need be; None for a named format.
-
-    Raises:
-        PresetNotFound: nothing of that name.
-    """
-    if own := _own_folder(name):
-        return own
-    shipped = list_shipped()
-    return shipped[name] if name in shipped else _download(name, list(shipped))
-
-
-def _own_folder(name: str) -> Path | None:
-    try:
-        folder = Path(name).expanduser()
-        return folder if folder.is_dir() else None
-    except (OSError, RuntimeError):  # a name too long for a path, or ~ of an unknown user
-        return None
-
-
-def _download(name: str, shipped: list[str]) -> Path:
-    known = f"Known names: {', '.join(shipped)}. Or give a folder or a Hub repository org/name."
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise PresetNotFound(f"there is no preset {name!r}. {known}")
-    from huggingface_hub import snapshot_download
-
-    try:
-        files = [CONFIG_FILE, BASIS_FILE, CARD_FILE, TEXTS_FILE]
-        return Path(snapshot_download(name, allow_patterns=files))
-    except Exception as error:
-        # The Hub client raises many unrelated types; to the user all mean "not there".
-        raise PresetNotFound(
-            f"there is no folder or shipped preset {name!r}, and the Hub did not give it: "
-            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''} {known}"
-        ) from error
-
-
-def _load_folder(name: str, folder: Path) -> Preset:
-    config = load_config(name, folder / CONFIG_FILE)
+    name = os.fspath(name)
+    if folder is None:
+        return Preset(name, FORMATS[name])
+    config = load_config(name, folder)
     if not config.calibrated:
         return Preset(name, config)
     with one_thread():
-        return Preset(name, config, _load_bases(name, folder / BASIS_FILE, config))
+        return Preset(name, config, load_bases(name, folder, config))
 
 
-def load_config(name: str, path: Path) -> PresetConfig:
-    """config.json, checked; `name` is what the user asked for, for messages."""
-    if not path.is_file():
+def load_config(name: str, folder: Path) -> PresetConfig:
+    """config.json of a preset's folder, checked.
+
+    Args:
+        name: what the user asked for, for messages.
+
+    Raises:
+        PresetNotFound: there is none.
+        PresetInvalid: it is too large, or says what no preset says.
+    """
+    path = folder / CONFIG_FILE
+    content = read_file(folder, CONFIG_FILE)
+    if content is None:
         raise PresetNotFound(f"preset {name!r} has no {CONFIG_FILE} (looked for {path}).")
-    if path.stat().st_size > MAX_CONFIG_BYTES:
-        raise PresetInvalid(f"{path} is larger than {MAX_CONFIG_BYTES} bytes: not a preset.")
     try:
-        return PresetConfig.model_validate_json(path.read_bytes())
+        return PresetConfig.model_validate_json(content)
     except ValidationError as error:
-        first = error.errors()[0]
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"
         raise PresetInvalid(
             f"{path} is not a valid preset: {where}: {first['msg']}"
             f"{f' (and {error.error_count() - 1} more)' if error.error_count() > 1 else ''}. "
             "Correct the file or calibrate the preset anew."
         ) from error
-
-
-def _load_bases(name: str, path: Path, config: PresetConfig) -> dict[str, torch.Tensor]:
-    again = "Download it again or calibrate it anew."
-    if not path.is_file():
-        raise PresetInvalid(f"preset {name!r} needs {path}, which is missing. {again}")
-    if path.stat().st_size > MAX_BASIS_BYTES:
-        raise PresetInvalid(f"{path} is larger than {MAX_BASIS_BYTES} bytes: not a preset.")
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise PresetInvalid(f"{path} cannot be read ({error}): truncated? {again}") from error
-    wanted = [which for which in "kv" if getattr(config, which).calibrated]
-    if set(tensors) != {f"{which}_basis" for which in wanted}:
-        raise PresetInvalid(f"{path} holds {sorted(tensors)}, not the bases of {wanted}. {again}")
-    return {w: _check_basis(path, w, tensors[f"{w}_basis"], config, again) for w in wanted}
-
-
-def _check_basis(
-    path: Path, which: str, basis: torch.Tensor, config: PresetConfig, again: str
-) -> torch.Tensor:
-    model = config.model
-    assert model is not None  # the schema demands it for calibrated formats
-    layers = model.num_layers if config.layers is None else len(config.layers)
-    shape = (layers, model.num_kv_heads, model.head_dim, model.head_dim)
-    if tuple(basis.shape) != shape or basis.dtype not in (torch.float16, torch.float32):
-        raise PresetInvalid(
-            f"{path}: {which}_basis is {basis.dtype} {tuple(basis.shape)}, "
-            f"not float16 or float32 {shape} as {CONFIG_FILE} says. {again}"
-        )
-    if not torch.isfinite(basis).all():
-        raise PresetInvalid(f"{path}: {which}_basis holds NaN or infinity. {again}")
-    if getattr(config, which).basis == "balanced":
-        condition = float(torch.linalg.cond(basis.double()).max())
-        if not condition < MAX_CONDITION:
-            raise PresetInvalid(
-                f"{path}: {which}_basis cannot be inverted (condition number {condition:.3g}). "
-                f"{again}"
-            )
-        return basis.float()
-    error = orthonormality_error(basis)
-    if error > ORTHONORMAL_TOLERANCE:
-        raise PresetInvalid(
-            f"{path}: {which}_basis is not orthonormal (|B^T B - I| up to {error:.3g}). {again}"
-        )
-    return basis.float()
 
 
 def save_preset(

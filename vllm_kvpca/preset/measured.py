@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from vllm_kvpca.preset.files import shipped_root
+from vllm_kvpca.preset.find import shipped_root
 
 FILE = "measured.json"
 NOT_MEASURED = "not measured"

@@ -1,14 +1,35 @@
-"""What `config.json` of a preset may say. Unknown fields are refused."""
+"""What `config.json` of a preset may say. Unknown fields are refused.
+
+Every number, list and string has a limit, well above any model that exists (the most layers are
+126, of Llama 3.1 405B; the widest heads 576, MLA's latent with its RoPE key): a preset is
+untrusted, and nothing may be allocated from a number before the number is checked.
+"""
 
 from __future__ import annotations
 
+import math
 import re
 from fractions import Fraction
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    model_validator,
+)
 
 from vllm_kvpca.codec.bands import Band, resolve_bands
+
+MAX_LAYERS = 1024
+MAX_KV_HEADS = 1024
+MAX_HEAD_DIM = 1024
+MAX_BANDS = 16
+MAX_NAME = 256
+"""Characters of a model's name or revision; the Hub allows fewer."""
+MAX_DESCRIPTION = 4096
 
 
 def _share(value: Any) -> Any:
@@ -17,7 +38,9 @@ def _share(value: Any) -> Any:
         if not re.fullmatch(r"[0-9]{1,4}(/[1-9][0-9]{0,3})?", value):
             raise ValueError('a share is a fraction of head_dim such as "3/8"')
         return Fraction(value)
-    return Fraction(value) if isinstance(value, int) else value
+    if isinstance(value, Fraction | int) or (isinstance(value, float) and math.isfinite(value)):
+        return Fraction(value)
+    raise ValueError('a share is a fraction of head_dim such as "3/8"')
 
 
 Share = Annotated[
@@ -46,7 +69,7 @@ class TensorFormat(_Strict):
     """
 
     basis: Literal["identity", "hadamard", "pca", "balanced"]
-    bands: tuple[BandSpec, ...] = Field(min_length=1, max_length=16)
+    bands: tuple[BandSpec, ...] = Field(min_length=1, max_length=MAX_BANDS)
 
     @model_validator(mode="after")
     def _check(self) -> TensorFormat:
@@ -75,11 +98,14 @@ class TensorFormat(_Strict):
 class ModelShape(_Strict):
     """The model a calibrated preset was made for."""
 
-    name: str
-    revision: str | None = None
-    num_layers: int = Field(gt=0)
-    num_kv_heads: int = Field(gt=0)
-    head_dim: int = Field(gt=0)
+    name: str = Field(max_length=MAX_NAME)
+    revision: str | None = Field(default=None, max_length=MAX_NAME)
+    num_layers: int = Field(gt=0, le=MAX_LAYERS)
+    num_kv_heads: int = Field(gt=0, le=MAX_KV_HEADS)
+    head_dim: int = Field(gt=0, le=MAX_HEAD_DIM)
+
+
+Layer = Annotated[int, Field(ge=0, lt=MAX_LAYERS)]
 
 
 class PresetConfig(_Strict):
@@ -87,11 +113,11 @@ class PresetConfig(_Strict):
 
     schema_version: Literal[1] = 1
     format: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)
-    description: str = ""
+    description: str = Field(default="", max_length=MAX_DESCRIPTION)
     k: TensorFormat
     v: TensorFormat
     model: ModelShape | None = None
-    layers: tuple[int, ...] | None = None
+    layers: tuple[Layer, ...] | None = Field(default=None, min_length=1, max_length=MAX_LAYERS)
     """Indices of the layers that have a basis, in the order of basis.safetensors; None: all."""
 
     @property
@@ -102,10 +128,10 @@ class PresetConfig(_Strict):
     @model_validator(mode="after")
     def _check(self) -> PresetConfig:
         if self.layers is not None and self.model is not None:
-            known = range(self.model.num_layers)
-            if len(set(self.layers)) < len(self.layers) or not set(self.layers) <= set(known):
+            count = self.model.num_layers
+            if len(set(self.layers)) < len(self.layers) or max(self.layers) >= count:
                 raise ValueError(
-                    f"layers {list(self.layers)} must be different indices below {len(known)}"
+                    f"layers {list(self.layers)} must be different indices below {count}"
                 )
         if self.calibrated and self.model is None:
             raise ValueError('a fitted basis belongs to one model: the field "model" is missing')

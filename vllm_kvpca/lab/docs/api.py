@@ -30,8 +30,8 @@ This page is made from the code: `vllm-kvpca api-docs`.
 
 | `vllm serve` | `additional_config["kv_compression"]` | default | meaning |
 | --- | --- | --- | --- |
-| `--kv-compression-preset NAME_OR_PATH` | `"preset"` | off | shipped name, folder, Hub repository \
-`org/name`, or `auto` |
+| `--kv-compression-preset NAME_OR_PATH` | `"preset"` | off | shipped name, `./folder`, Hub \
+repository `org/name[@revision]`, or `auto` |
 | `--kv-compress-after TOKENS` | `"compress_after"` | {after} | sequences of at \
 most this many tokens stay raw |
 | `--kv-keep-recent TOKENS` | `"keep_recent"` | {recent} | tokens at the end of a \

@@ -11,7 +11,7 @@ from vllm_kvpca.lab.measurements.codec_study import all_rows, row_of
 from vllm_kvpca.lab.record import Record
 from vllm_kvpca.lab.table import change
 from vllm_kvpca.preset import list_shipped, load_preset
-from vllm_kvpca.preset.files import shipped_root
+from vllm_kvpca.preset.find import shipped_root
 from vllm_kvpca.preset.measured import FILE, Measured, describe, to_json
 from vllm_kvpca.preset.names import same_family, same_model
 from vllm_kvpca.preset.schema import PresetConfig

@@ -1,0 +1,114 @@
+"""basis.safetensors of a preset: what its header says is checked before any tensor is read."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from vllm_kvpca.codec.basis import ORTHONORMAL_TOLERANCE, orthonormality_error
+from vllm_kvpca.errors import PresetInvalid
+from vllm_kvpca.preset.find import BASIS_FILE, CONFIG_FILE, MAX_BYTES, file_of
+from vllm_kvpca.preset.schema import PresetConfig
+
+MAX_HEADER_BYTES = 1 << 16
+"""Two tensors take 200 bytes of header, and a file may carry some metadata."""
+MAX_CONDITION = 1e4
+"""Of bases that are not orthonormal: beyond this the float16 of a file is not exact enough."""
+_DTYPES = ("F16", "F32")
+_AGAIN = "Download it again or calibrate it anew."
+
+
+def load_bases(name: str, folder: Path, config: PresetConfig) -> dict[str, torch.Tensor]:
+    """The bases of a calibrated preset.
+
+    The file's size, the length of its header, then names, dtypes and shapes are compared with what
+    `config` declares before a tensor is read (safetensors itself sees to it that the tensors of
+    the header are the whole of the file). Memory is bounded by the file's float32 form and float64
+    copies of one layer.
+
+    Args:
+        name: the preset, for messages.
+
+    Returns:
+        "k" and "v", where calibrated, to (layers, kv_heads, head_dim, head_dim) float32.
+
+    Raises:
+        PresetInvalid: the file is missing, damaged or too large, or holds something else than
+            finite bases of the declared shape, orthonormal or invertible as the format demands.
+    """
+    wanted = [which for which in "kv" if getattr(config, which).calibrated]
+    shape = _declared_shape(config)
+    if 2 * math.prod(shape) * len(wanted) > MAX_BYTES[BASIS_FILE]:
+        raise PresetInvalid(
+            f"the bases that {CONFIG_FILE} of preset {name!r} declares, {len(wanted)} times "
+            f"{shape}, are larger than {MAX_BYTES[BASIS_FILE]} bytes: not a preset."
+        )
+    path = file_of(folder, BASIS_FILE)
+    if path is None:
+        where = folder / BASIS_FILE
+        raise PresetInvalid(f"preset {name!r} needs {where}, which is missing. {_AGAIN}")
+    try:
+        _check_header_length(path)
+        with safe_open(path, "pt") as file:
+            _check_header(path, file, wanted, shape)
+            tensors = {which: file.get_tensor(f"{which}_basis") for which in wanted}
+    except (SafetensorError, OSError) as error:
+        raise PresetInvalid(f"{path} cannot be read ({error}): truncated? {_AGAIN}") from error
+    for which, basis in tensors.items():
+        for layer in basis:
+            _check_layer(path, which, layer, getattr(config, which).basis)
+    return {which: basis.float() for which, basis in tensors.items()}
+
+
+def _declared_shape(config: PresetConfig) -> tuple[int, ...]:
+    model = config.model
+    assert model is not None  # the schema demands it for calibrated formats
+    layers = model.num_layers if config.layers is None else len(config.layers)
+    return layers, model.num_kv_heads, model.head_dim, model.head_dim
+
+
+def _check_header_length(path: Path) -> None:
+    """A safetensors file begins with the length of its header, 8 bytes, little-endian."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+    if length > MAX_HEADER_BYTES:
+        raise PresetInvalid(
+            f"{path} cannot be read: its header is said to be {length:,} bytes long, and that of "
+            f"a preset has at most {MAX_HEADER_BYTES:,}. Truncated, or no basis file? {_AGAIN}"
+        )
+
+
+def _check_header(path: Path, file: safe_open, wanted: list[str], shape: tuple[int, ...]) -> None:
+    if set(file.keys()) != {f"{which}_basis" for which in wanted}:
+        found = sorted(file.keys())[:8]
+        raise PresetInvalid(f"{path} holds {found}, not the bases of {wanted}. {_AGAIN}")
+    for which in wanted:
+        tensor = file.get_slice(f"{which}_basis")
+        dtype, have = tensor.get_dtype(), tuple(tensor.get_shape())
+        if have != shape or dtype not in _DTYPES:
+            raise PresetInvalid(
+                f"{path}: {which}_basis is {dtype} {have}, not F16 or F32 {shape} as "
+                f"{CONFIG_FILE} says. {_AGAIN}"
+            )
+
+
+def _check_layer(path: Path, which: str, basis: torch.Tensor, kind: str) -> None:
+    """One layer's (kv_heads, head_dim, head_dim): finite, and as `kind` demands."""
+    if not torch.isfinite(basis).all():
+        raise PresetInvalid(f"{path}: {which}_basis holds NaN or infinity. {_AGAIN}")
+    if kind == "balanced":
+        condition = float(torch.linalg.cond(basis.double()).max())
+        if not condition < MAX_CONDITION:
+            raise PresetInvalid(
+                f"{path}: {which}_basis cannot be inverted (condition number {condition:.3g}). "
+                f"{_AGAIN}"
+            )
+        return
+    error = orthonormality_error(basis)
+    if error > ORTHONORMAL_TOLERANCE:
+        raise PresetInvalid(
+            f"{path}: {which}_basis is not orthonormal (|B^T B - I| up to {error:.3g}). {_AGAIN}"
+        )
