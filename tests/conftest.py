@@ -9,9 +9,36 @@ test starts would inherit it; tests/kernels sets it again while its tests run.
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
 
 import pytest
 import torch
+
+EACH_VLLM = (
+    "deploy/test_newer_vllm.py",
+    "e2e/test_refusals.py",
+    "serving/test_cache_stats.py",
+    "serving/test_doctor.py",
+    "serving/test_endpoint.py",
+    "serving/test_engine_config.py",
+    "serving/test_groups.py",
+    "serving/test_measuring.py",
+    "serving/test_options.py",
+    "serving/test_platform.py",
+    "serving/test_prefix_hits.py",
+    "serving/test_register.py",
+)
+"""The tests that stand on vLLM's inside: marked each_vllm, they run with every tested version."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    chosen = {Path(__file__).parent / name for name in EACH_VLLM}
+    missing = [path for path in chosen if not path.exists()]
+    assert not missing, f"EACH_VLLM names what is gone: {missing}"
+    for item in items:
+        if item.path in chosen:
+            item.add_marker(pytest.mark.each_vllm)
+
 
 KERNELS = ("starts.kernel", "store.kernel", "archive.kernel", "expand.kernel", "attend.decode")
 

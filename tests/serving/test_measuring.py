@@ -13,8 +13,6 @@ from vllm_kvpca.serving.adapters import figures
 from vllm_kvpca.serving.observe import times
 from vllm_kvpca.serving.observe.stat_logger import KvpcaStatLogger
 
-pytestmark = pytest.mark.each_vllm
-
 COMPRESSES = SimpleNamespace(additional_config={"kv_compression": {"preset": "k8v4"}})
 
 

@@ -212,6 +212,18 @@ def test_a_plain_engine_is_accepted():
     check_engine(make_engine({"kv_events_config": quiet}), PRESET)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_raw_cache_has_the_type_of_the_model(dtype):
+    """vLLM 0.33 refuses another one itself, 0.32 does not."""
+    for name in ("bfloat16", "float16"):
+        engine = make_engine({"model_config.dtype": dtype, "cache_config.cache_dtype": name})
+        if str(dtype) == f"torch.{name}":
+            check_engine(engine, PRESET)
+        else:
+            with pytest.raises(UnsupportedError, match=f"--kv-cache-dtype {name}"):
+                check_engine(engine, PRESET)
+
+
 @pytest.mark.parametrize("option", UNSUPPORTED)
 def test_each_unsupported_option_is_named(option):
     value, named = UNSUPPORTED[option]

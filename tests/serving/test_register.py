@@ -21,8 +21,6 @@ from vllm_kvpca.serving.adapters.catalogue import CHANGES, not_made
 from vllm_kvpca.serving.adapters.changes import Add, Wrap, undo_all
 from vllm_kvpca.serving.versions import TESTED, is_tested
 
-pytestmark = pytest.mark.each_vllm
-
 ROOT = Path(__file__).parents[2]
 ASKED = {"kv_compression": {"preset": "k8v4"}}
 TARGETS = [change.target for change in CHANGES]

@@ -17,6 +17,15 @@ This page is made from the table in `vllm_kvpca/metrics.py`: `vllm-kvpca metrics
 """
 
 _TAIL = """
+## Within a Python program
+
+`LLM.get_metrics()` lists vLLM's own metrics alone. `kv_metrics` gives these, by their names without
+`kvpca_` and `_total`, whether the engine runs in the program's process or in its own:
+
+    from vllm_kvpca import kv_metrics
+
+    kv_metrics(llm)["kv_cache_bytes"]    # {"raw": ..., "archived": ..., "free": ...}
+
 ## Queries
 
 Share of the cache in use, as in `vllm:kv_cache_usage_perc`:

@@ -152,7 +152,8 @@ def _unsupported(config: Any) -> list[tuple[bool, str]]:
         (parallel.pipeline_parallel_size > 1, "--pipeline-parallel-size above 1"),
         (parallel.use_ubatching, "micro-batching (--enable-dbo)"),
         (
-            cache.cache_dtype not in ("auto", "bfloat16", "float16"),
+            # vLLM 0.32 takes a raw cache of another 16-bit type than the model's; kernels do not.
+            cache.cache_dtype not in ("auto", str(model.dtype).removeprefix("torch.")),
             f"--kv-cache-dtype {cache.cache_dtype} (a preset defines the stored format; use auto)",
         ),
         (cache.kv_sharing_fast_prefill, "--kv-sharing-fast-prefill"),
