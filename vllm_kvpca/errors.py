@@ -10,6 +10,7 @@
         PresetMismatch    a sound preset that belongs to another model or shape
       CalibrationError    the calibration or evaluation text does not suffice
       SetupError          something on this machine must be installed or repaired first
+      OutputError         a file cannot be written: a full or read-only disk
 
 Each message says what is wrong and what to do about it. All of them are ValueErrors
 so that vLLM and argparse report them as bad input and not as a crash.
@@ -63,3 +64,7 @@ def install_extra(name: str) -> str:
     the extra names.
     """
     return f'pip install "vllm-kvpca[{name}]"'
+
+
+class OutputError(KvpcaError):
+    """A file cannot be written: the disk is full or read-only, or the folder is another's."""

@@ -1,17 +1,23 @@
 """`vllm-kvpca calibrate`, from the command line to the files."""
 
+import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import SafetensorError
 from typer.testing import CliRunner, Result
 
+from vllm_kvpca.calibration import resume
 from vllm_kvpca.calibration.card import MEASURED_ROW
 from vllm_kvpca.cli import calibrate as command
+from vllm_kvpca.cli import demo_model
 from vllm_kvpca.cli.main import app
-from vllm_kvpca.preset import load_preset
+from vllm_kvpca.errors import OutputError
+from vllm_kvpca.preset import files, load_preset, save_preset
 from vllm_kvpca.preset.formats import CALIBRATED_FORMATS, FORMATS
 
 
@@ -103,6 +109,177 @@ def test_a_model_that_is_none(text_file: Path, tmp_path: Path):
     result = run("calibrate", "--model", tmp_path, *words)
     assert result.exit_code == 1
     assert "cannot be loaded" in result.stderr and "--model" in result.stderr
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize("command", ["calibrate", "tune", "evaluate quality", "evaluate identity"])
+def test_no_command_takes_what_is_no_text(command: str, model_folder: Path, tmp_path: Path):
+    """Said before a model is loaded or an engine started, naming the file."""
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "core.txt").write_bytes(b"\x7fELF\0\0" * 100)
+    words = ["--model", model_folder, "--output", tmp_path / "out"]
+    more = {"calibrate": ["--format", "v-mixed"], "tune": ["--target-ratio", "2"]}
+    words += more.get(command, ["--preset", "k8v4"])
+    for texts in ([folder], [folder / "core.txt"]):
+        result = run(*command.split(), *words, *(x for path in texts for x in ("--text", path)))
+        assert result.exit_code == 1
+        assert "core.txt is no text" in result.stderr, result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_texts(model_folder: Path, text_file: Path, tmp_path: Path):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for name in ("a.txt", "b.txt"):
+        (folder / name).write_bytes(text_file.read_bytes())
+    words = ("--format", "v-mixed", "--output", tmp_path / "preset", "--tokens", 6000)
+    result = run("calibrate", "--model", model_folder, "--text", folder, *words)
+    assert result.exit_code == 0, result.output
+    card = (tmp_path / "preset" / "README.md").read_text()
+    assert "a.txt" in card and "b.txt" in card and "6,000 tokens" in card
+
+
+def test_what_is_printed_can_be_given_as_a_preset(
+    model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    words = ("--format", "v-mixed", "--output", "mine", "--tokens", 3300)
+    result = run("calibrate", "--model", model_folder, "--text", text_file, *words)
+    assert result.exit_code == 0, result.output
+    assert load_preset(result.stdout.strip()).config.calibrated
+
+
+# --- a disk that is full --------------------------------------------------------------------
+
+
+@pytest.fixture
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A function after which every file of one of these names is cut off after its first bytes.
+
+    safetensors reports the system's error in its own words, everybody else as an OSError.
+    """
+
+    def fill(*names: str) -> None:
+        write_text = Path.write_text
+
+        def cut_text(self: Path, text: str, *args: Any, **kwargs: Any) -> int:
+            if self.name not in names:
+                return write_text(self, text, *args, **kwargs)
+            write_text(self, text[:10])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self))
+
+        def cut_tensors(save_file: Any) -> Any:
+            def save(tensors: Any, path: Path, *args: Any) -> None:
+                if path.name not in names:
+                    return save_file(tensors, path, *args)
+                path.write_bytes(b"123")
+                raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+            return save
+
+        monkeypatch.setattr(Path, "write_text", cut_text)
+        for module in (files, resume):
+            monkeypatch.setattr(module, "save_file", cut_tensors(module.save_file))
+
+    return fill
+
+
+def assert_one_sentence(result: Result, folder: Path) -> None:
+    assert result.exit_code == 1, result.output
+    line = result.stderr.strip().splitlines()[-1]
+    assert f"error: cannot write to {folder}: No space left on device. Make room there" in line
+    assert "Traceback" not in result.output and isinstance(result.exception, SystemExit)
+    left = [path.name for path in folder.rglob("*") if path.name.startswith(".kvpca")]
+    assert not left
+
+
+@pytest.mark.parametrize(
+    ("name", "left"),
+    [
+        ("moments.safetensors", set()),
+        ("config.json", {"moments.safetensors"}),
+        ("basis.safetensors", {"moments.safetensors"}),
+        ("README.md", {"moments.safetensors"}),
+        ("calibration.json", {"moments.safetensors"}),
+        (
+            "calibration-tiny-llama.json",
+            *({"moments.safetensors", *("config.json", "basis.safetensors", "README.md"),
+               "calibration.json"},),
+        ),
+    ],
+)  # fmt: skip
+def test_a_full_disk_is_one_sentence_and_keeps_what_was_done(
+    name: str, left: set[str], model_folder: Path, text_file: Path, tmp_path: Path,
+    full_disk: Any, monkeypatch: pytest.MonkeyPatch,
+):  # fmt: skip
+    output = tmp_path / "preset"
+    words = ["calibrate", "--model", model_folder, "--text", text_file, "--format", "v-mixed"]
+    words += ["--tokens", 3300, "--window", 64, "--output", output]
+    with monkeypatch.context():
+        full_disk(name)
+        assert_one_sentence(run(*words), output)
+    assert {path.name for path in output.iterdir()} == left
+    monkeypatch.undo()
+    again = run(*words, *(["--overwrite"] if "config.json" in left else []))
+    assert again.exit_code == 0, again.output
+    assert ("were done by an earlier run" in again.stderr) == bool(left)
+    assert load_preset(output).config.calibrated
+
+
+def test_a_preset_that_is_replaced_stays_if_the_disk_is_full(tmp_path: Path, full_disk: Any):
+    folder = tmp_path / "preset"
+    save_preset(folder, FORMATS["k8v4"], {}, "old")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    full_disk("README.md")
+    with pytest.raises(OutputError, match="No space left"):
+        save_preset(folder, FORMATS["k8v8"], {}, "new")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_tune_on_a_full_disk(model_folder: Path, text_file: Path, tmp_path: Path, full_disk: Any):
+    output = tmp_path / "preset"
+    words = ["tune", "--model", model_folder, "--text", text_file, "--target-ratio", 1.5]
+    words += ["--tokens", 3300, "--window", 64, "--measure-tokens", 256, "--output", output]
+    full_disk("tune.json")
+    assert_one_sentence(run(*words), output)
+    assert {path.name for path in output.iterdir()} == {"moments.safetensors"}
+
+
+def test_a_full_disk_anywhere_else_is_one_sentence_too(monkeypatch: pytest.MonkeyPatch):
+    def load(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/cache/model.bin")
+
+    monkeypatch.setattr(command, "_load", load)
+    words = ("--format", "v-mixed", "--text", __file__, "--output", "nowhere")
+    result = run("calibrate", "--model", "org/M", *words)
+    assert result.exit_code == 1
+    assert "cannot write to /cache/model.bin: No space left on device" in result.stderr
+
+
+def test_a_demo_model_on_a_full_disk_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def convert(gguf: Path, target: Path, *_: Any) -> None:
+        target.mkdir()
+        (target / "model.safetensors").write_bytes(b"123")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(demo_model, "_find_parts", lambda model: [])
+    monkeypatch.setattr(demo_model, "_require", lambda *modules: None)
+    monkeypatch.setattr(demo_model, "_join", lambda parts, target, model, step: target)
+    monkeypatch.setattr(demo_model, "_convert", convert)
+    output = tmp_path / "models" / "demo"
+    result = run("demo-model", "--output", output)
+    assert_one_sentence(result, output)
+    assert not list((tmp_path / "models").iterdir())
+
+
+def test_a_folder_that_cannot_be_written_to(model_folder: Path, text_file: Path):
+    words = ("--format", "v-mixed", "--tokens", 3300, "--output", text_file / "below")
+    result = run("calibrate", "--model", model_folder, "--text", text_file, *words)
+    assert result.exit_code == 1
+    assert "cannot write to" in result.stderr and "Make it writable" in result.stderr
 
 
 @pytest.mark.parametrize("name", ["api-docs", "calibrate", "plot", "presets"])

@@ -1,10 +1,13 @@
 """Windows against tokenizing whole files at once; refusals with their numbers."""
 
+import os
+import random
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from vllm_kvpca.calibration import text
 from vllm_kvpca.errors import CalibrationError
@@ -107,12 +110,58 @@ def test_too_little_text_is_refused_with_both_numbers(tokenizer: Any, text_file:
     assert text.count_tokens([text_file], tokenizer, 64, 1700, head_dim=16) == 1700
 
 
-def test_paths_that_are_no_files_are_refused(tmp_path: Path, text_file: Path):
-    with pytest.raises(CalibrationError, match="not there"):
-        text.check_files([tmp_path / "missing.txt"])
-    with pytest.raises(CalibrationError, match="a folder"):
-        text.check_files([tmp_path])
-    assert text.check_files([text_file, text_file]) == [text_file]
+def test_files_are_found_by_name_and_in_folders(tmp_path: Path, text_file: Path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name in ("b.txt", "a.txt", "c.md"):
+        (folder / name).write_text("the cat sat")
+    in_folder = [folder / "a.txt", folder / "b.txt"]
+    assert text.find_texts([folder, text_file]) == [*in_folder, text_file]
+    assert text.find_texts([folder / "c.md"]) == [folder / "c.md"]
+    assert text.find_texts([text_file, folder / "b.txt", text_file, folder]) == [
+        *(text_file, folder / "b.txt", folder / "a.txt"),
+    ]
+    with pytest.raises(CalibrationError, match=r"missing\.txt is not there"):
+        text.find_texts([tmp_path / "missing.txt"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CalibrationError, match=r"no \.txt file in .*empty"):
+        text.find_texts([text_file, tmp_path / "empty"])
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(CalibrationError, match="pipe is no regular file"):
+        text.find_texts([tmp_path / "pipe"])
+
+
+NO_TEXT = {
+    "random": random.Random(0).randbytes(5000),
+    "library": Path(torch._C.__file__).read_bytes()[:100_000],
+    "utf16": "the cat sat on the mat".encode("utf-16"),
+    "late": b"the cat sat " * 200_000 + b"\0",
+    "latin1": "Où est passée la clé ? Ça dépend.".encode("latin1") * 20,
+}
+
+
+@pytest.mark.parametrize("name", list(NO_TEXT))
+def test_what_is_no_text_is_refused_by_name(name: str, tmp_path: Path, text_file: Path):
+    path = tmp_path / f"{name}.txt"
+    path.write_bytes(NO_TEXT[name])
+    for paths in ([path], [text_file, path], [tmp_path]):
+        with pytest.raises(CalibrationError, match=rf"{name}\.txt is no text.*UTF-8"):
+            text.find_texts(paths)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        "Größe, déjà vu, 漢字, \U0001f600".encode() * 50,
+        b"the cat sat on the mat\f\x1b[0m\r\n" * 50 + b"\xff\xfe",
+        ("x" * ((1 << 20) - 1) + "é").encode(),  # a character across two pieces
+    ],
+)
+def test_texts_with_a_few_odd_bytes_are_texts(content: bytes, tmp_path: Path):
+    path = tmp_path / "odd.txt"
+    path.write_bytes(content)
+    assert text.find_texts([path]) == [path]
 
 
 def test_a_file_is_described_by_content(tmp_path: Path):

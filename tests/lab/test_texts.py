@@ -2,6 +2,7 @@
 
 import pytest
 
+from vllm_kvpca.calibration import text
 from vllm_kvpca.errors import CalibrationError
 from vllm_kvpca.lab import texts
 
@@ -58,11 +59,5 @@ def test_share_out_fills_up_evenly(count):
     assert not not_full or max(given) - min(not_full) <= 1
 
 
-def test_find_texts(files, tmp_path):
-    assert texts.find_texts([tmp_path]) == files
-    assert texts.find_texts([files[1], files[0]]) == [files[1], files[0]]
-    with pytest.raises(CalibrationError, match="does not exist"):
-        texts.find_texts([tmp_path / "none"])
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(CalibrationError, match=r"no \.txt file"):
-        texts.find_texts([tmp_path / "empty"])
+def test_files_are_found_by_the_reader_of_calibrate():
+    assert texts.find_texts is text.find_texts

@@ -6,7 +6,6 @@ the file and needs no network.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_kvpca.errors import CalibrationError, OptionsError, SetupError
+from vllm_kvpca.whole_files import whole_files
 
 CHARS_PER_TOKEN = 10
 """Enough text for a budget of tokens: prose has about 4 characters a token, code fewer."""
@@ -65,11 +65,14 @@ def write_text(
 
     Raises:
         CalibrationError: no such column, or one that holds no text.
+        OutputError: the file cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_suffix(".new")
     written = 0
-    with new.open("w", encoding="utf-8") as file:
+    # What is no character of a text (half a surrogate pair, NUL) would make the file no text.
+    with (
+        whole_files(path.parent) as new,
+        (new / path.name).open("w", encoding="utf-8", errors="replace") as file,
+    ):
         for row in rows:
             value = row.get(wanted.column)
             if not isinstance(value, str):
@@ -77,10 +80,9 @@ def write_text(
                     f"dataset {wanted.name} has no text in a column {wanted.column!r}; it has "
                     f"{', '.join(row)}: write NAME:SPLIT:COLUMN."
                 )
-            written += file.write(value.rstrip("\n") + "\n")
+            written += file.write(value.replace("\0", "").rstrip("\n") + "\n")
             if written >= limit:
                 break
-    os.replace(new, path)
 
 
 def _rows(wanted: DatasetName) -> Iterable[Mapping[str, Any]]:

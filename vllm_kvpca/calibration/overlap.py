@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
 from vllm_kvpca.calibration.text import TextFile, describe
 from vllm_kvpca.errors import CalibrationError, PresetInvalid
 from vllm_kvpca.preset.find import CARD_FILE, TEXTS_FILE, read_file
+from vllm_kvpca.whole_files import whole_files
 
 SHINGLE = 50
 """Words of a shingle: more than licence lines and idioms that unrelated texts share."""
@@ -78,9 +79,15 @@ def of_files(files: Sequence[Path]) -> CalibrationTexts:
     )
 
 
+def to_json(files: Sequence[Path]) -> str:
+    """Text of `calibration.json` of these texts."""
+    return of_files(files).model_dump_json() + "\n"
+
+
 def save(folder: Path, files: Sequence[Path]) -> None:
     """Write `calibration.json` of texts into a preset's folder."""
-    (folder / TEXTS_FILE).write_text(of_files(files).model_dump_json() + "\n")
+    with whole_files(folder) as new:
+        (new / TEXTS_FILE).write_text(to_json(files))
 
 
 def load(folder: Path) -> CalibrationTexts | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from vllm_kvpca.calibration.collect import Moments
+from vllm_kvpca.whole_files import whole_files
 
 FILE = "moments.safetensors"
 EVERY = 16
@@ -53,22 +53,21 @@ class Progress:
         return Moments(sums, int(header["tokens"]), firsts, int(header["windows"]))
 
     def save(self, moments: Moments) -> None:
-        """Keep the sums, if it is time to. A file is replaced as a whole or not at all."""
+        """Keep the sums, if it is time to.
+
+        Raises:
+            OutputError: they cannot be written; those of the last time are still there.
+        """
         if moments.windows % self._every:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         tensors = dict(_named("sum", moments.sums)) | dict(_named("first", moments.firsts))
         header = {
             "key": self.key,
             "tokens": str(moments.tokens),
             "windows": str(moments.windows),
         }
-        new = self.path.with_suffix(f".{os.getpid()}")
-        try:
-            save_file(tensors, new, header)
-            os.replace(new, self.path)
-        finally:
-            new.unlink(missing_ok=True)
+        with whole_files(self.path.parent) as new:
+            save_file(tensors, new / self.path.name, header)
 
 
 def _named(

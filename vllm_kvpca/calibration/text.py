@@ -7,6 +7,7 @@ a shorter one.
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import random
 import re
@@ -19,6 +20,9 @@ from vllm_kvpca.errors import CalibrationError
 
 PIECE_CHARS = 1 << 16
 LONGEST_WORD = 1000
+CHECK_BYTES = 1 << 20
+NOT_UTF8 = 0.01
+"""Of a file's characters. Prose of most languages in latin1 has more, a damaged text less."""
 TOKENS_PER_DIMENSION = 100
 """A basis needs at least this many tokens for each dimension of a head.
 
@@ -38,18 +42,55 @@ class TextFile:
     sha256: str
 
 
-def check_files(paths: Sequence[Path]) -> list[Path]:
-    """The files, without repetitions.
+def find_texts(paths: Sequence[Path]) -> list[Path]:
+    """Text files by name, without repetitions; a folder stands for the .txt files in it.
+
+    Every command that reads text finds its files here.
 
     Raises:
-        CalibrationError: a path that is no file.
+        CalibrationError: a path that is not there, a folder without a .txt file, a file that is
+            no text.
     """
+    files: list[Path] = []
     for path in paths:
-        if not path.is_file():
-            raise CalibrationError(
-                f"{path} is {'a folder' if path.is_dir() else 'not there'}: --text takes files."
-            )
-    return list({path.resolve(): path for path in paths}.values())
+        found = sorted(path.glob("*.txt")) if path.is_dir() else [path]
+        if not found:
+            raise CalibrationError(f"there is no .txt file in {path}.")
+        files += found
+    files = list({path.resolve(): path for path in files}.values())
+    for path in files:
+        check_text(path)
+    return files
+
+
+def check_text(path: Path) -> None:
+    """Refuse what is no text: tokens of a program or a picture say nothing about a model.
+
+    A few bytes that are no UTF-8 are let pass; readers replace them.
+
+    Raises:
+        CalibrationError: the file is not there, holds a NUL (no text does, and nearly all binary
+            formats do), or more than NOT_UTF8 of it is no UTF-8.
+    """
+    if not path.is_file():
+        what = "is no regular file" if path.exists() else "is not there"
+        raise CalibrationError(f"{path} {what}: give --text files of text or folders of .txt.")
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    characters = wrong = 0
+    with path.open("rb") as file:
+        while chunk := file.read(CHECK_BYTES):
+            if b"\0" in chunk:
+                raise CalibrationError(
+                    f"{path} is no text: it holds NUL bytes. Give --text files of text in UTF-8."
+                )
+            text = decoder.decode(chunk)
+            characters += len(text)
+            wrong += text.count("\ufffd")
+    if wrong > NOT_UTF8 * characters:
+        raise CalibrationError(
+            f"{path} is no text in UTF-8: {wrong / characters:.0%} of its characters cannot be "
+            "read. If it is text, convert it (iconv -f latin1 -t utf-8)."
+        )
 
 
 def describe(path: Path) -> TextFile:

@@ -22,6 +22,7 @@ from vllm_kvpca.calibration.strict import target_logprobs
 from vllm_kvpca.errors import CalibrationError, LayoutError, OptionsError
 from vllm_kvpca.preset import FORMATS, Preset
 from vllm_kvpca.preset.formats import CALIBRATED_FORMATS
+from vllm_kvpca.whole_files import whole_files
 
 STATE_FILE = "tune.json"
 Advance = Callable[[int], None]
@@ -150,10 +151,8 @@ class Tuner:
 
     def _save(self) -> None:
         state = {"key": self._key, "results": self.results, "layers": self.layers}
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        part = self._path.with_suffix(".part")
-        part.write_text(json.dumps(state, indent=2) + "\n")
-        part.replace(self._path)
+        with whole_files(self._path.parent) as new:
+            (new / self._path.name).write_text(json.dumps(state, indent=2) + "\n")
 
 
 def choose(

@@ -29,6 +29,7 @@ from rich.table import Table
 from vllm_kvpca.errors import CalibrationError, OptionsError
 
 CONFIG_FILE = "config.json"
+TEXT_HELP = "Text file, or folder of .txt files; more may follow it: --text a b c."
 UNFINISHED = "moments.safetensors"
 """Of a run that was cut off (calibration/resume.py)."""
 
@@ -37,9 +38,7 @@ def calibrate(
     model: Annotated[str, typer.Option(help="Model folder or Hub name.")],
     format: Annotated[str, typer.Option(help="Format to fit, e.g. k5.5v5.5 or v-mixed.")],
     output: Annotated[Path, typer.Option(help="Folder of the new preset.")],
-    text: Annotated[
-        list[Path] | None, typer.Option(help="Text file; more may follow it: --text a b c.")
-    ] = None,
+    text: Annotated[list[Path] | None, typer.Option(help=TEXT_HELP)] = None,
     more_text: Annotated[list[Path] | None, typer.Argument(metavar="[FILES]...")] = None,
     dataset: Annotated[
         list[str] | None,
@@ -78,7 +77,7 @@ def calibrate(
 
     check_format(format)
     _check_output(output, overwrite)
-    files = texts.check_files(_texts([*(text or []), *(more_text or [])], dataset or [], tokens))
+    files = texts.find_texts(_texts([*(text or []), *(more_text or [])], dataset or [], tokens))
     console = Console(stderr=True)
     with console.status(f"loading {model}"):
         tokenizer, network = _load(model, device, dtype)
@@ -101,14 +100,12 @@ def calibrate(
     source = replace(source, tokens=every.tokens)
     moments = every.only(wanted(config))
     bases = fit_bases(moments, config)
-    save_preset(
-        output, config, bases, write_card(config, source, band_energy(moments, bases, config))
-    )
-    overlap.save(output, files)
-    print(output)
-    (output / UNFINISHED).unlink(missing_ok=True)
+    card = write_card(config, source, band_energy(moments, bases, config))
+    save_preset(output, config, bases, card, overlap.to_json(files))
     rows = spread(every, shape.layers)
     path = _write_record(records or output, model, config, source, files, rows)
+    (output / UNFINISHED).unlink(missing_ok=True)
+    print(as_preset(output))
     console.print(spread_table(rows, config.model.name if config.model else model))
     console.print(f"record: {path}", markup=False, highlight=False, soft_wrap=True)
 
@@ -216,8 +213,7 @@ def spread_table(rows: list[dict[str, Any]], title: str) -> Table:
 def _check_output(output: Path, overwrite: bool) -> None:
     if output.is_file():
         raise OptionsError(f"--output {output} is a file: name a folder.")
-    stem = Path(UNFINISHED).stem
-    if not output.exists() or all(path.stem == stem for path in output.iterdir()):
+    if not output.exists() or all(_is_left_over(path.name) for path in output.iterdir()):
         return
     if not (output / CONFIG_FILE).exists():
         raise OptionsError(f"--output {output} holds something else: name another folder.")
@@ -225,6 +221,18 @@ def _check_output(output: Path, overwrite: bool) -> None:
         raise OptionsError(
             f"--output {output} holds a preset: name another folder, or add --overwrite."
         )
+
+
+def _is_left_over(name: str) -> bool:
+    """Whether a run that was cut off leaves a file or folder of this name."""
+    from vllm_kvpca.whole_files import PREFIX
+
+    return name == UNFINISHED or name.startswith(PREFIX)
+
+
+def as_preset(folder: Path) -> str:
+    """A folder as it is given to --kv-compression-preset: a bare name would be no folder."""
+    return f"./{folder}" if len(folder.parts) == 1 and not folder.is_absolute() else str(folder)
 
 
 def _load(model: str, device: str, dtype: str) -> tuple[Any, Any]:

@@ -108,7 +108,7 @@ def ensure(name: ModelName, output: Path | None = None, console: Console | None 
     """The folder of the converted model, converting it first if it is not there yet.
 
     Raises SetupError if the model's package or the means to convert it are not installed, or if
-    `output` holds something else.
+    `output` holds something else; OutputError if the disk is full. Half a model is never left.
     """
     model = MODELS[name]
     target = output or default_folder(name)
@@ -120,19 +120,26 @@ def ensure(name: ModelName, output: Path | None = None, console: Console | None 
         )
     parts = _find_parts(model)
     _require("gguf", "accelerate")
+    from vllm_kvpca.whole_files import writing
+
+    with writing(target):
+        _make(target, parts, model, console or Console(stderr=True))
+    return target
+
+
+def _make(target: Path, parts: list[Path], model: DemoModel, console: Console) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     # Beside the target, so that the last step is a rename and nobody ever sees half a model.
     work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         converted = work / "model"
-        with _steps(console or Console(stderr=True), model.folder, total=4) as step:
+        with _steps(console, model.folder, total=4) as step:
             gguf = _join(parts, work / "model.gguf", model, step)
             _convert(gguf, converted, model, step)
         (converted / MARKER).write_text(model.marker)
         _move_into_place(converted, target, model)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    return target
 
 
 def _is_current(folder: Path, model: DemoModel) -> bool:

@@ -39,10 +39,22 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except KvpcaError as error:
-            console = Console(stderr=True, soft_wrap=True)
-            console.print("[bold red]error:[/]", end=" ")
-            console.print(str(error), markup=False, highlight=False)
+            _show(str(error))
             raise typer.Exit(code=1) from error
+        except OSError as error:
+            from vllm_kvpca.whole_files import NO_ROOM, not_written
+
+            # From wherever it comes (the Hub's cache, a temporary file): no fault of the program.
+            if error.errno not in NO_ROOM:
+                raise
+            _show(not_written(error.filename or "the disk", error.errno))
+            raise typer.Exit(code=1) from error
+
+
+def _show(error: str) -> None:
+    console = Console(stderr=True, soft_wrap=True)
+    console.print("[bold red]error:[/]", end=" ")
+    console.print(error, markup=False, highlight=False)
 
 
 app = typer.Typer(

@@ -12,12 +12,14 @@ from rich.table import Table
 
 from vllm_kvpca.cli.calibrate import (
     CONFIG_FILE,
+    TEXT_HELP,
     UNFINISHED,
     _command_line,
     _load,
     _model_name,
     _moments,
     _progress,
+    as_preset,
 )
 from vllm_kvpca.errors import CalibrationError, OptionsError
 
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 
 def tune(
     model: Annotated[str, typer.Option(help="Model folder or Hub name.")],
-    text: Annotated[list[Path], typer.Option(help="Text file; more may follow it: --text a b c.")],
+    text: Annotated[list[Path], typer.Option(help=TEXT_HELP)],
     output: Annotated[Path, typer.Option(help="Folder of the new preset, and of tune.json.")],
     more_text: Annotated[list[Path] | None, typer.Argument(metavar="[FILES]...")] = None,
     target_ratio: Annotated[
@@ -78,7 +80,7 @@ def tune(
         raise OptionsError(
             f"--output {output} holds a preset: name another folder, or add --overwrite."
         )
-    files = texts.check_files([*text, *(more_text or [])])
+    files = texts.find_texts([*text, *(more_text or [])])
     described = [texts.describe(path) for path in files]
     console = Console(stderr=True)
     with console.status(f"loading {model}"):
@@ -132,7 +134,7 @@ def tune(
     record.write(output)
     (output / UNFINISHED).unlink(missing_ok=True)
     _report(tuner, chosen, shape)
-    print(output)
+    print(as_preset(output))
 
 
 def split(

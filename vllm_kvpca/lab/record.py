@@ -19,6 +19,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
+from vllm_kvpca.whole_files import whole_files
+
 RECORDS = Path("benchmarks/records")
 _VERSIONS = ("vllm-kvpca", "torch", "transformers")
 _CHUNK = 1 << 22
@@ -92,10 +94,10 @@ class Record(_Strict):
 
     def write(self, folder: Path = RECORDS) -> Path:
         """Write the record to `folder`, replacing an older one of the same name."""
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / self.file_name
-        path.write_text(json.dumps(self.model_dump(mode="json"), indent=2, allow_nan=False) + "\n")
-        return path
+        text = json.dumps(self.model_dump(mode="json"), indent=2, allow_nan=False) + "\n"
+        with whole_files(folder) as new:
+            (new / self.file_name).write_text(text)
+        return folder / self.file_name
 
 
 def load_all(folder: Path = RECORDS, kind: str | None = None) -> list[Record]:

@@ -8,23 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from vllm_kvpca.calibration.text import find_texts as find_texts  # one reader for all commands
 from vllm_kvpca.errors import CalibrationError
-
-
-def find_texts(paths: Sequence[Path]) -> list[Path]:
-    """Text files by name; a folder stands for the .txt files in it.
-
-    Raises:
-        CalibrationError: a path that does not exist, or no file at all.
-    """
-    files: list[Path] = []
-    for path in paths:
-        if not path.exists():
-            raise CalibrationError(f"{path} does not exist: give --text files or folders of .txt.")
-        files += sorted(path.glob("*.txt")) if path.is_dir() else [path]
-    if not files:
-        raise CalibrationError(f"no .txt file in {', '.join(map(str, paths))}.")
-    return files
 
 
 def tokenizer_of(model: str) -> Any:

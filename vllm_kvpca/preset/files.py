@@ -29,6 +29,7 @@ from vllm_kvpca.preset.find import (
     BASIS_FILE,
     CARD_FILE,
     CONFIG_FILE,
+    TEXTS_FILE,
     list_shipped,
     preset_folder,
     read_file,
@@ -37,6 +38,7 @@ from vllm_kvpca.preset.forks import one_thread
 from vllm_kvpca.preset.formats import FORMATS, RECOMMENDED
 from vllm_kvpca.preset.names import same_family, same_model
 from vllm_kvpca.preset.schema import PresetConfig, TensorFormat
+from vllm_kvpca.whole_files import whole_files
 
 __all__ = ["Preset", "list_shipped", "load_config", "load_preset", "preset_folder", "save_preset"]
 
@@ -202,6 +204,7 @@ def save_preset(
     config: PresetConfig,
     bases: dict[str, torch.Tensor],
     card: str,
+    texts: str = "",
 ) -> None:
     """Write a preset folder: config.json, basis.safetensors (float16) and README.md.
 
@@ -209,14 +212,19 @@ def save_preset(
         folder: created if missing; files of the same names are replaced.
         bases: "k" and/or "v" to (layers, kv_heads, head_dim, head_dim).
         card: text of README.md.
+        texts: text of calibration.json (see calibration.overlap), "" for none.
+
+    Raises:
+        OutputError: the files cannot be written; then none is.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(config.model_dump(mode="json", exclude_none=True), indent=2)
-    (folder / CONFIG_FILE).write_text(text + "\n")
-    if bases:
-        tensors = {f"{which}_basis": basis.half().contiguous() for which, basis in bases.items()}
-        save_file(tensors, folder / BASIS_FILE)
-        # safetensors writes a file that only its owner can read; presets are shared.
-        (folder / BASIS_FILE).chmod(0o644)
-    (folder / CARD_FILE).write_text(card)
+    tensors = {f"{which}_basis": basis.half().contiguous() for which, basis in bases.items()}
+    with whole_files(Path(folder), last=CONFIG_FILE) as new:
+        (new / CONFIG_FILE).write_text(text + "\n")
+        (new / CARD_FILE).write_text(card)
+        if texts:
+            (new / TEXTS_FILE).write_text(texts)
+        if tensors:
+            save_file(tensors, new / BASIS_FILE)
+            # safetensors writes a file that only its owner can read; presets are shared.
+            (new / BASIS_FILE).chmod(0o644)
