@@ -96,11 +96,29 @@ def test_a_damaged_file_is_refused(preset: Path, damage: str):
         overlap.load(preset)
 
 
-def test_evaluate_refuses_before_any_model_is_loaded(preset: Path, tmp_path: Path):
+@pytest.mark.parametrize(
+    ("shingles", "words"),
+    [(["zz"], "match pattern"), (["f" * 13], "match pattern"), (["0"] * 200_000, "1 validation")],
+)
+def test_hashes_that_are_none(preset: Path, shingles: list[str], words: str):
+    """Refused at the first of them: a message for each would cost far more than the file."""
+    known = {"texts": [], "shingle_words": 50, "shingles": shingles}
+    (preset / "calibration.json").write_text(json.dumps(known))
+    with pytest.raises(PresetInvalid, match="calibrate anew") as refusal:
+        overlap.load(preset)
+    assert words in str(refusal.value.__cause__)
+
+
+def test_evaluate_refuses_before_any_model_is_loaded(
+    preset: Path, tmp_path: Path, model_folder: Path
+):
+    """The model here is a configuration without weights and tokenizer."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_bytes((model_folder / "config.json").read_bytes())
     config = {"format": "mine", "k": BANDS, "v": BANDS}
     (preset / "config.json").write_text(json.dumps(config))
     for command in ("quality", "needle", "divergence"):
-        options = ["--model", "nowhere/at-all", "--preset", str(preset)]
+        options = ["--model", str(tmp_path / "model"), "--preset", str(preset)]
         result = CliRunner().invoke(
             app, ["evaluate", command, *options, "--text", str(tmp_path / "c0.txt")]
         )
