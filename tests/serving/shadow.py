@@ -5,10 +5,14 @@ steps that run on the worker only after later ones were scheduled. `Worker` plan
 with `plan_step` and moves, instead of K and V, the identity of each token: a number that
 stands for the token and all tokens before it. `ShadowMemory` refuses to read what is not
 there any more and to write over what is still there.
+
+A model is a `Mix`: pairs of recent and archive groups, each with block sizes of its own, and
+groups with a sliding window beside them.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections import Counter, deque
@@ -19,16 +23,19 @@ from vllm import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
-from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, SlidingWindowSpec
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_kvpca.codec.bands import Band
-from vllm_kvpca.pages.block_sizes import PagePlan
+from vllm_kvpca.pages.block_sizes import PagePlan, peak_blocks
 from vllm_kvpca.pages.boundary import Policy
 from vllm_kvpca.pages.layer_plan import LayerPlan, Stream
+from vllm_kvpca.serving.adapters.cache_groups import PREFIX_HITS
+from vllm_kvpca.serving.adapters.changes import make_all
 from vllm_kvpca.serving.cache.managers import register_specs
+from vllm_kvpca.serving.cache.pairs import ARCHIVE_SUFFIX
 from vllm_kvpca.serving.cache.specs import ArchiveSpec, RecentSpec
-from vllm_kvpca.serving.step.batch import Bucket, Step, StepInput, plan_step
+from vllm_kvpca.serving.step.batch import Bucket, StepInput, plan_step
 
 HEAD_SIZE = 8
 MAX_MODEL_LEN = 4096
@@ -57,20 +64,59 @@ def make_specs(
         "head_size": HEAD_SIZE,
         "dtype": torch.bfloat16,
         "planned": layer,
-        "max_model_len": 0,
     }
     recent = RecentSpec(block_size=plan.raw_block, batches=batches, **common)
     return recent, ArchiveSpec(block_size=plan.archive_block, **common)
 
 
+@dataclass(frozen=True)
+class Mix:
+    """Kinds of layers of a model.
+
+    Attributes:
+        pairs: block sizes of each pair of groups.
+        windows: (tokens per block, sliding window) of each group beside them.
+    """
+
+    pairs: tuple[PagePlan, ...]
+    windows: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def sizes(self) -> list[int]:
+        """Tokens per block of every group, in the order of the groups."""
+        sizes = [size for plan in self.pairs for size in (plan.raw_block, plan.archive_block)]
+        return sizes + [block for block, _ in self.windows]
+
+    @property
+    def hash_block(self) -> int:
+        return math.gcd(*self.sizes)
+
+
 def make_manager(
-    recent: RecentSpec, archive: ArchiveSpec, blocks: int, caching: bool = True
+    specs: list[tuple[RecentSpec, ArchiveSpec]],
+    blocks: int,
+    caching: bool = True,
+    windows: tuple[tuple[int, int], ...] = (),
 ) -> KVCacheManager:
     """vLLM's manager over a pool of `blocks` pages, the null block included."""
     register_specs()
+    make_all(PREFIX_HITS.changes)
     init_none_hash(sha256)
-    groups = [KVCacheGroupSpec(["layer"], recent), KVCacheGroupSpec(["layer.archive"], archive)]
-    sizes = recent.block_size, archive.block_size
+    groups = []
+    for number, (recent, archive) in enumerate(specs):
+        name = f"layer.{number}"
+        groups.append(KVCacheGroupSpec([name], recent))
+        groups.append(KVCacheGroupSpec([name + ARCHIVE_SUFFIX], archive))
+    for number, (block, window) in enumerate(windows):
+        spec = SlidingWindowSpec(
+            block_size=block,
+            num_kv_heads=1,
+            head_size=HEAD_SIZE,
+            dtype=torch.bfloat16,
+            sliding_window=window,
+        )
+        groups.append(KVCacheGroupSpec([f"window.{number}"], spec))
+    sizes = [group.kv_cache_spec.block_size for group in groups]
     return KVCacheManager(
         KVCacheConfig(blocks, [], groups),
         max_model_len=MAX_MODEL_LEN,
@@ -88,46 +134,46 @@ def make_request(name: str, tokens: list[int], hash_block: int) -> Request:
 
 
 class ShadowMemory:
-    """Which token each slot of each page holds; 0 is nothing."""
+    """Which token each slot of each group's pages holds; 0 is nothing."""
 
-    def __init__(self, blocks: int, plan: PagePlan) -> None:
-        self.content = {
-            "recent": torch.zeros(blocks, plan.raw_block, dtype=torch.long),
-            "archive": torch.zeros(blocks, plan.archive_block, dtype=torch.long),
-        }
+    def __init__(self, blocks: int, sizes: list[int]) -> None:
+        self.content = [torch.zeros(blocks, size, dtype=torch.long) for size in sizes]
+        self.owner = torch.full((blocks,), -1)
+        """The group that has written to a page, -1 if none has."""
         self.in_use = torch.zeros(blocks, dtype=torch.bool)
 
     def hand_over(self, new_blocks: list[int], in_use: torch.Tensor) -> None:
         """Begin a step: blocks that changed hands lose their content."""
-        for content in self.content.values():
+        for content in self.content:
             content[new_blocks] = 0
+        self.owner[new_blocks] = -1
         self.in_use = in_use
 
-    def _locate(self, role: str, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        size = self.content[role].shape[1]
+    def _locate(self, group: int, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        size = self.content[group].shape[1]
         block = torch.div(slots, size, rounding_mode="floor")
         if (block <= 0).any():
-            raise ShadowError(f"{role}: the null block is used")
+            raise ShadowError(f"group {group}: the null block is used")
         if not self.in_use[block].all():
-            raise ShadowError(f"{role}: a block is used after it was freed")
+            raise ShadowError(f"group {group}: a block is used after it was freed")
         return block, slots % size
 
-    def write(self, role: str, slots: torch.Tensor, identity: torch.Tensor) -> None:
+    def write(self, group: int, slots: torch.Tensor, identity: torch.Tensor) -> None:
         """Fill empty slots; nothing is ever written twice."""
-        block, offset = self._locate(role, slots)
-        other = self.content["archive" if role == "recent" else "recent"]
-        if other[block].any():
-            raise ShadowError(f"{role}: a page of the other group is overwritten")
-        if self.content[role][block, offset].any():
-            raise ShadowError(f"{role}: a token is overwritten")
-        self.content[role][block, offset] = identity
+        block, offset = self._locate(group, slots)
+        if ((self.owner[block] >= 0) & (self.owner[block] != group)).any():
+            raise ShadowError(f"group {group}: a page of another group is overwritten")
+        if self.content[group][block, offset].any():
+            raise ShadowError(f"group {group}: a token is overwritten")
+        self.owner[block] = group
+        self.content[group][block, offset] = identity
 
-    def read(self, role: str, slots: torch.Tensor) -> torch.Tensor:
+    def read(self, group: int, slots: torch.Tensor) -> torch.Tensor:
         """Identities in the given slots, all of which must hold a token."""
-        block, offset = self._locate(role, slots)
-        identity = self.content[role][block, offset]
+        block, offset = self._locate(group, slots)
+        identity = self.content[group][block, offset]
         if not identity.all():
-            raise ShadowError(f"{role}: an empty slot is read")
+            raise ShadowError(f"group {group}: an empty slot is read")
         return identity
 
 
@@ -139,7 +185,7 @@ class Sequence:
         self.tokens = tokens
         self.identity = torch.tensor(identity)
         self.target = target
-        self.tables: tuple[list[int], list[int]] = ([], [])
+        self.tables: list[list[int]] = []
         self.placeholders = 0
         self.admissions = 0
         self.done = False
@@ -159,8 +205,7 @@ class Part:
     admission: int
     computed: int
     new: int
-    recent: list[int]
-    archive: list[int]
+    tables: list[list[int]]
     samples: bool
 
     @property
@@ -180,45 +225,63 @@ class ScheduledStep:
 class Worker:
     """Runs steps in order against the shadow memory."""
 
-    def __init__(self, memory: ShadowMemory, plan: PagePlan, policy: Policy) -> None:
+    def __init__(self, memory: ShadowMemory, mix: Mix, policies: list[Policy]) -> None:
         self.memory = memory
-        self.plan = plan
-        self.policy = policy
+        self.mix = mix
+        self.policies = policies
         self.archived = 0
 
     def run(self, step: ScheduledStep) -> None:
-        """Store, archive and attend as serving.step does, on identities."""
+        """What every kind of layer does in a step, on identities."""
         self.memory.hand_over(step.new_blocks, step.in_use)
         if not step.parts:
             return
-        work = plan_step(self._step_input(step.parts))
         new = torch.cat([p.sequence.identity[p.computed : p.length] for p in step.parts])
-        stored = work.store_slots >= 0
-        self.memory.write("recent", work.store_slots[stored], new[stored])
-        self._archive(work, new)
-        self._attend(work.buckets, step.parts)
+        for pair in range(len(self.mix.pairs)):
+            self._run_pair(pair, step.parts, new)
+        for number, (_, window) in enumerate(self.mix.windows):
+            self._run_window(2 * len(self.mix.pairs) + number, window, step.parts)
 
-    def _step_input(self, parts: list[Part]) -> StepInput:
+    def _run_pair(self, pair: int, parts: list[Part], new: torch.Tensor) -> None:
+        """Store, archive and attend as serving.step does."""
+        work = plan_step(self._step_input(pair, parts))
+        recent, archive = 2 * pair, 2 * pair + 1
+        stored = work.store_slots >= 0
+        self.memory.write(recent, work.store_slots[stored], new[stored])
+        if work.archive is not None:
+            old = self.memory.read(recent, work.archive.recent_slots)
+            archived = torch.cat([old, new[work.archive.new_tokens]])
+            self.memory.write(archive, work.archive.slots, archived)
+            self.archived += len(archived)
+        self._attend(recent, archive, work.buckets, parts)
+
+    def _run_window(self, group: int, window: int, parts: list[Part]) -> None:
+        """Store all new tokens and attend to the last ones, as vLLM's own layers do."""
+        size = self.memory.content[group].shape[1]
+        for part in parts:
+            table = torch.tensor(part.tables[group])
+            first = max(0, part.computed - window + 1)
+            position = torch.arange(first, part.length)
+            slots = table[position // size] * size + position % size
+            seen = part.computed - first
+            identity = part.sequence.identity
+            if not torch.equal(self.memory.read(group, slots[:seen]), identity[first:][:seen]):
+                raise ShadowError(f"{part.sequence.request.request_id} sees other tokens")
+            self.memory.write(group, slots[seen:], identity[part.computed : part.length])
+
+    def _step_input(self, pair: int, parts: list[Part]) -> StepInput:
+        plan = self.mix.pairs[pair]
         return StepInput(
             query_start=torch.tensor([0] + [p.new for p in parts]).cumsum(0),
             lengths=torch.tensor([p.length for p in parts]),
-            recent_table=_table([p.recent for p in parts]),
-            archive_table=_table([p.archive for p in parts]),
-            recent_block=self.plan.raw_block,
-            archive_block=self.plan.archive_block,
-            policy=self.policy,
+            recent_table=_table([p.tables[2 * pair] for p in parts]),
+            archive_table=_table([p.tables[2 * pair + 1] for p in parts]),
+            recent_block=plan.raw_block,
+            archive_block=plan.archive_block,
+            policy=self.policies[pair],
         )
 
-    def _archive(self, work: Step, new: torch.Tensor) -> None:
-        if work.archive is None:
-            return
-        old = self.memory.read("recent", work.archive.recent_slots)
-        self.memory.write(
-            "archive", work.archive.slots, torch.cat([old, new[work.archive.new_tokens]])
-        )
-        self.archived += len(work.archive.slots)
-
-    def _attend(self, buckets: list[Bucket], parts: list[Part]) -> None:
+    def _attend(self, recent: int, archive: int, buckets: list[Bucket], parts: list[Part]) -> None:
         """Every sequence must see its own prefix, from the archive and the recent part."""
         first = torch.tensor([0] + [p.new for p in parts]).cumsum(0)
         seen = []
@@ -226,14 +289,14 @@ class Worker:
             seen.append(bucket.tokens[bucket.valid])
             for row, token in enumerate(bucket.tokens[:, 0]):
                 part = parts[int((first == token).nonzero()[-1])]
-                archived, skipped, recent = (
+                archived, skipped, raw = (
                     int(x[row])
                     for x in (bucket.archive_lengths, bucket.recent_skips, bucket.recent_lengths)
                 )
                 prefix = torch.cat(
                     [
-                        self._read("archive", bucket.archive_table, row, 0, archived),
-                        self._read("recent", bucket.recent_table, row, skipped, recent),
+                        self._read(archive, bucket.archive_table, row, 0, archived),
+                        self._read(recent, bucket.recent_table, row, skipped, raw),
                     ]
                 )
                 if not torch.equal(prefix, part.sequence.identity[: part.computed]):
@@ -242,15 +305,15 @@ class Worker:
             raise ShadowError("new tokens attend twice or not at all")
 
     def _read(
-        self, role: str, table: torch.Tensor | None, row: int, skipped: int, length: int
+        self, group: int, table: torch.Tensor | None, row: int, skipped: int, length: int
     ) -> torch.Tensor:
         position = torch.arange(skipped, skipped + length)
         if table is None:
             if len(position):
-                raise ShadowError(f"{role}: tokens without a block table")
+                raise ShadowError(f"group {group}: tokens without a block table")
             return position
-        size = self.memory.content[role].shape[1]
-        return self.memory.read(role, table[row, position // size] * size + position % size)
+        size = self.memory.content[group].shape[1]
+        return self.memory.read(group, table[row, position // size] * size + position % size)
 
 
 def _table(rows: list[list[int]]) -> torch.Tensor:
@@ -262,13 +325,13 @@ class Engine:
     """A small scheduler over vLLM's KVCacheManager, with `lag` steps in flight.
 
     With `reserve` a request is admitted only if all of its prompt fits (vLLM's default).
-    `counts` says what a run exercised: hits, mixed_hits (through both groups), preemptions,
-    finished.
+    `counts` says what a run exercised: hits, mixed_hits (through both groups of the first pair),
+    inner_hits (that end inside a raw block), preemptions, finished.
     """
 
     def __init__(
         self,
-        plan: PagePlan,
+        mix: Mix,
         compress_after: int,
         keep_recent: int,
         *,
@@ -277,19 +340,23 @@ class Engine:
         caching: bool = True,
         reserve: bool = True,
     ) -> None:
-        self.plan = plan
+        self.mix = mix
         self.reserve = reserve
-        self.recent_spec, archive_spec = make_specs(plan, compress_after, keep_recent, lag + 1)
-        self.policy = self.recent_spec.policy
-        self.manager = make_manager(self.recent_spec, archive_spec, blocks, caching)
-        self.recent, self.archive = self.manager.coordinator.single_type_managers
+        specs = [make_specs(plan, compress_after, keep_recent, lag + 1) for plan in mix.pairs]
+        self.policies = [recent.policy for recent, _ in specs]
+        self.manager = make_manager(specs, blocks, caching, mix.windows)
+        self.managers = self.manager.coordinator.single_type_managers
+        self.recents = self.managers[: 2 * len(mix.pairs) : 2]
+        self.archives = self.managers[1 : 2 * len(mix.pairs) : 2]
         self.pool = self.manager.block_pool
-        self.worker = Worker(ShadowMemory(blocks, plan), plan, self.policy)
+        self.worker = Worker(ShadowMemory(blocks, mix.sizes), mix, self.policies)
         self.lag = lag
         self.running: list[Sequence] = []
         self.waiting: deque[Sequence] = deque()
         self.in_flight: deque[ScheduledStep] = deque()
         self.counts: Counter[str] = Counter()
+        self.hits: list[int] = []
+        """Tokens that each admitted request found in the prefix cache."""
         self._identities: dict[tuple[int, int], int] = {}
         self._names = 0
         self._new_blocks: list[int] = []
@@ -311,8 +378,7 @@ class Engine:
             last = self._identities.setdefault((last, token), len(self._identities) + 1)
             identity.append(last)
         self._names += 1
-        hash_block = math.gcd(self.plan.raw_block, self.plan.archive_block)
-        request = make_request(str(self._names), tokens[:prompt], hash_block)
+        request = make_request(str(self._names), tokens[:prompt], self.mix.hash_block)
         sequence = Sequence(request, tokens, identity, target)
         self.waiting.append(sequence)
         return sequence
@@ -348,7 +414,8 @@ class Engine:
                 return False, True
         for table, ids in zip(sequence.tables, blocks.get_block_ids(), strict=True):
             table.extend(ids)
-        self._check_no_waste(sequence, new, [len(group) for group in blocks.blocks], 0)
+        hit_rows = [0] * len(sequence.tables)
+        self._check_no_waste(sequence, new, [len(group) for group in blocks.blocks], hit_rows)
         return True, victims
 
     def _preempt(self, sequence: Sequence) -> None:
@@ -377,11 +444,13 @@ class Engine:
         request.status = RequestStatus.RUNNING
         request.num_computed_tokens = length
         sequence.admissions += 1
-        sequence.tables = tuple(list(ids) for ids in self.manager.get_block_ids(request.request_id))
+        sequence.tables = [list(ids) for ids in self.manager.get_block_ids(request.request_id)]
         hit_rows = [len(group) for group in hits.blocks]
         added = [len(t) - rows for t, rows in zip(sequence.tables, hit_rows, strict=True)]
-        self._check_no_waste(sequence, new, added, hit_rows[1])
+        self._check_no_waste(sequence, new, added, hit_rows)
+        self.hits.append(length)
         self.counts["hits"] += length > 0
+        self.counts["inner_hits"] += any(length % plan.raw_block for plan in self.mix.pairs)
         raw_hits = sum(not block.is_null for block in hits.blocks[0])
         self.counts["mixed_hits"] += raw_hits > 0 and hit_rows[1] > 0
         step.parts.append(self._dispatch(sequence, new))
@@ -390,15 +459,9 @@ class Engine:
     def _dispatch(self, sequence: Sequence, new: int) -> Part:
         request = sequence.request
         samples = new == sequence.pending
-        recent, archive = sequence.tables
+        tables = [list(table) for table in sequence.tables]
         part = Part(
-            sequence,
-            sequence.admissions,
-            request.num_computed_tokens,
-            new,
-            list(recent),
-            list(archive),
-            samples,
+            sequence, sequence.admissions, request.num_computed_tokens, new, tables, samples
         )
         request.num_computed_tokens += new
         request.num_in_flight_tokens += new
@@ -436,42 +499,57 @@ class Engine:
         for sequence in [*self.running, *self.waiting]:
             self.manager.free(sequence.request)
         assert self.pool.get_num_free_blocks() == len(self.pool.blocks) - 1, "blocks leak"
-        for manager in (self.recent, self.archive):
-            assert not manager.held and not manager.uses, "held blocks that nobody has"
+        for manager in self.managers:
             assert not manager.req_to_blocks and not manager.num_cached_block
-        assert not self.recent._freed_below and not self.archive.sequences
+        for manager in (*self.recents, *self.archives):
+            assert not manager.held and not manager.uses, "held blocks that nobody has"
+        for recent, archive in zip(self.recents, self.archives, strict=True):
+            assert not recent._freed_below and not recent._hit_ends_in and not archive.sequences
 
     def check_books(self) -> None:
         """`held` counts what sequences hold, the pool agrees, and no sequence holds too much."""
         uses: Counter[int] = Counter()
-        for manager in (self.recent, self.archive):
+        for manager in self.managers:
             held: Counter[int] = Counter()
             for rows in manager.req_to_blocks.values():
                 held.update(block.block_id for block in rows if not block.is_null)
-            assert manager.held == held, "held differs from the blocks in use"
-            assert manager.uses == held.total(), "uses differs from the blocks in use"
+            if manager in (*self.recents, *self.archives):
+                assert manager.held == held, "held differs from the blocks in use"
+                assert manager.uses == held.total(), "uses differs from the blocks in use"
             uses += held
         for block in self.pool.blocks[1:]:
             assert block.ref_cnt == uses[block.block_id], "the pool counts other users"
-        for sequence in self.running:
+        for sequence, manager in itertools.product(self.running, self.recents):
             request = sequence.request
-            rows = self.recent.req_to_blocks.get(request.request_id, ())
+            rows = manager.req_to_blocks.get(request.request_id, ())
             raw = sum(not block.is_null for block in rows)
-            peak = self.recent_spec.peak_blocks(request.num_computed_tokens)
+            peak = manager.kv_cache_spec.peak_blocks(request.num_computed_tokens)
             assert raw <= peak, f"{raw} raw blocks, peak_blocks allows {peak}"
 
     def _check_no_waste(
-        self, sequence: Sequence, new: int, added: list[int], hit_rows: int
+        self, sequence: Sequence, new: int, added: list[int], hit_rows: list[int]
     ) -> None:
         """New raw blocks lie above the boundary, new archive blocks below it."""
-        recent, archive = sequence.tables
-        boundary = self.policy.boundary(sequence.request.num_computed_tokens + new)
-        first = len(recent) - added[0]
-        for row, block in enumerate(recent[first:], first):
-            assert not block or row >= boundary // self.plan.raw_block, "raw block in vain"
-        rows = -(-boundary // self.plan.archive_block)
-        held = max(rows, hit_rows, len(archive) - added[1])
-        assert len(archive) <= held, "archive block in vain"
+        for pair, plan in enumerate(self.mix.pairs):
+            recent, archive = sequence.tables[2 * pair : 2 * pair + 2]
+            new_raw, new_archive = added[2 * pair : 2 * pair + 2]
+            boundary = self.policies[pair].boundary(sequence.request.num_computed_tokens + new)
+            first = len(recent) - new_raw
+            for row, block in enumerate(recent[first:], first):
+                assert not block or row >= boundary // plan.raw_block, "raw block in vain"
+            rows = -(-boundary // plan.archive_block)
+            held = max(rows, hit_rows[2 * pair + 1], len(archive) - new_archive)
+            assert len(archive) <= held, "archive block in vain"
+
+
+def pool_for(mix: Mix, thresholds: tuple[int, int], longest: int, batches: int) -> int:
+    """Blocks that the longest sequence needs, over all groups."""
+    blocks = 1
+    for plan in mix.pairs:
+        blocks += peak_blocks(plan, Policy(*thresholds, plan.align), longest, batches)
+    for block, window in mix.windows:
+        blocks += -(-min(window + batches * BUDGET, longest) // block) + 1
+    return blocks
 
 
 def random_traffic(engine: Engine, rng: random.Random, steps: int, longest: int) -> None:

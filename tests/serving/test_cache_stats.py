@@ -12,17 +12,22 @@ import pytest
 from prometheus_client import REGISTRY
 
 from vllm_kvpca.metrics import METRICS
-from vllm_kvpca.pages.block_sizes import PagePlan, peak_blocks
-from vllm_kvpca.pages.boundary import Policy
+from vllm_kvpca.pages.block_sizes import PagePlan
+from vllm_kvpca.pages.layout import raw_token_bytes
 from vllm_kvpca.serving.observe import stats as cache_stats
 from vllm_kvpca.serving.observe.stat_logger import KvpcaStatLogger
 from vllm_kvpca.serving.observe.stats import engine_status, take_stats
 from vllm_kvpca.serving.observe.times import ArchiveTimer, SampleFetcher
 
-from .shadow import Engine, Sequence, random_traffic
+from .shadow import HEAD_SIZE, Engine, Mix, Sequence, pool_for, random_traffic
 
-PLAN = PagePlan(32, 80)
 LONGEST = 776
+ONE_PAIR = Mix((PagePlan(32, 80),))
+MIXES = {
+    "one pair": ONE_PAIR,
+    "two pairs": Mix((PagePlan(32, 80), PagePlan(32, 80))),
+    "two head shapes and a window": Mix((PagePlan(32, 80), PagePlan(40, 104)), ((32, 100),)),
+}
 
 
 class Scheduler:
@@ -32,7 +37,12 @@ class Scheduler:
         self.engine = engine
         self.kv_cache_manager = engine.manager
         self.kv_cache_config = engine.manager.coordinator.kv_cache_config
-        self.vllm_config = SimpleNamespace(model_config=SimpleNamespace(max_model_len=LONGEST))
+        self.vllm_config = SimpleNamespace(
+            model_config=SimpleNamespace(max_model_len=LONGEST),
+            cache_config=SimpleNamespace(num_gpu_blocks=None),
+            parallel_config=SimpleNamespace(decode_context_parallel_size=1),
+            max_in_flight_tokens=512,
+        )
 
     @property
     def running(self) -> list:
@@ -51,31 +61,43 @@ class Traffic:
 
     engine: Engine
     scheduler: Scheduler
+    name: str
     reports: list[dict] = field(default_factory=list)
     expected: list[dict] = field(default_factory=list)
 
     def report(self, running: list[Sequence]) -> None:
         self.reports.append(take_stats(self.scheduler))
-        block = PLAN.archive_block
+        plans = self.engine.mix.pairs
         computed = sum(sequence.request.num_computed_tokens for sequence in running)
-        rows = [len(sequence.tables[1]) for sequence in running]
+        # Tables of recent and archive blocks of each pair; one layer each.
+        tables = [sequence.tables[: 2 * len(plans)] for sequence in running]
+        blocks = [
+            sum(len(own[2 * pair + 1]) for own in tables) * plan.archive_block
+            for pair, plan in enumerate(plans)
+        ]
+        archived = sum(blocks) // len(plans)
+        sequences = sum(any(own[1::2]) for own in tables)
+        ids = {row for own in tables for table in own[1::2] for row in table}
+        page = max(plan.page_bytes_per_head(raw_token_bytes(HEAD_SIZE)) for plan in plans)
         self.expected.append(
             {
-                "kv_cache_tokens/archived": sum(rows) * block,
-                "kv_cache_tokens/raw": computed - sum(rows) * block,
-                "sequences/archived": sum(map(bool, rows)),
-                "sequences/raw": len(running) - sum(map(bool, rows)),
+                "kv_cache_tokens/archived": archived,
+                "kv_cache_tokens/raw": computed - archived,
+                "sequences/archived": sequences,
+                "sequences/raw": len(running) - sequences,
+                "kv_cache_bytes/archived": len(ids) * page,
             }
         )
 
 
-@pytest.fixture(scope="module")
-def traffic() -> Iterator[Traffic]:
+@pytest.fixture(scope="module", params=MIXES)
+def traffic(request) -> Iterator[Traffic]:
     """Random traffic with preemptions; nothing is reported but what has changed."""
-    policy = Policy(256, 128, PLAN.align)
-    blocks = 2 + int(1.15 * peak_blocks(PLAN, policy, LONGEST, 2))
-    engine = Engine(PLAN, 256, 128, lag=1, blocks=blocks, reserve=False)
-    traffic, step, count = Traffic(engine, Scheduler(engine)), engine.step, 0
+    mix = MIXES[request.param]
+    blocks = int(1.05 * pool_for(mix, (256, 128), LONGEST, 2))
+    engine = Engine(mix, 256, 128, lag=1, blocks=blocks, reserve=False)
+    traffic = Traffic(engine, Scheduler(engine), request.param)
+    step, count = engine.step, 0
 
     def step_and_report() -> None:
         nonlocal count
@@ -87,7 +109,7 @@ def traffic() -> Iterator[Traffic]:
     engine.step = step_and_report
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cache_stats, "REPEAT_EVERY", math.inf)
-        random_traffic(engine, random.Random(3), 170, 2 * PLAN.align + 256)
+        random_traffic(engine, random.Random(3), 170, 416)
         traffic.report([])  # all were aborted
         assert engine.counts["preemptions"] > 0 and engine.counts["finished"] > 3
         yield traffic
@@ -120,23 +142,26 @@ def test_each_request_that_ended_is_observed_once_and_no_preempted_one(traffic: 
     ended = [n for report in reports for n in report.get("request_archived_tokens", [])]
     assert len(ended) == engine.counts["finished"]
     assert any(ended)
-    assert all(tokens % PLAN.archive_block == 0 for tokens in ended)
+    if engine.mix == ONE_PAIR:
+        assert all(tokens % 80 == 0 for tokens in ended)
 
 
 def test_two_api_servers_that_share_the_reports_count_everything_once(traffic: Traffic):
     engine, scheduler, reports = traffic.engine, traffic.scheduler, traffic.reports
+    model = f"two-servers-{traffic.name}"
     config = SimpleNamespace(
-        model_config=SimpleNamespace(served_model_name="two-servers"), additional_config={}
+        model_config=SimpleNamespace(served_model_name=model), additional_config={}
     )
     servers = [KvpcaStatLogger(config, [0]) for _ in range(2)]
     for number, report in enumerate(reports):
         servers[number % 2].record(SimpleNamespace(kvpca=report), None)
 
     def value(name: str) -> float | None:
-        return REGISTRY.get_sample_value(name, {"model_name": "two-servers", "engine": "0"})
+        return REGISTRY.get_sample_value(name, {"model_name": model, "engine": "0"})
 
     assert engine.worker.archived > 0
-    assert value("kvpca_archived_tokens_total") == engine.archive.archived_tokens
+    archived = [manager.archived_tokens for manager in engine.archives]
+    assert value("kvpca_archived_tokens_total") == sum(archived) // len(archived)
     assert value("kvpca_request_archived_tokens_count") == engine.counts["finished"]
     figures = engine_status(scheduler)["figures"]
     for name in ("archived_tokens", "archive_operations", "archive_written_bytes"):

@@ -18,7 +18,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm_kvpca.errors import UnsupportedError
 from vllm_kvpca.serving import register as plugin
 from vllm_kvpca.serving.adapters.catalogue import CHANGES, not_made
-from vllm_kvpca.serving.adapters.changes import Add, Wrap, undo_all
+from vllm_kvpca.serving.adapters.changes import Add, Wrap, owner_of, undo_all
 from vllm_kvpca.serving.versions import TESTED, is_tested
 
 ROOT = Path(__file__).parents[2]
@@ -101,23 +101,20 @@ def snapshot() -> dict[str, object]:
     """Every name that we change, as it is now."""
     found = {}
     for target in TARGETS:
-        module, _, path = target.partition(":")
-        owner, _, name = path.partition(".")
-        found[target] = vars(getattr(import_module(module), owner)).get(name)
+        owner, name = owner_of(target)
+        found[target] = vars(owner).get(name)
     return found
 
 
 def spoil(monkeypatch, target):
     """Make `target` unfit as another vLLM might: gone, or where vLLM itself calls it to parse
     and to configure, with another signature."""
-    module, _, path = target.partition(":")
-    owner, _, name = path.partition(".")
     change = next(change for change in CHANGES if change.target == target)
-    cls = getattr(import_module(module), owner)
+    cls, name = owner_of(target)
     if isinstance(change, Add):
         monkeypatch.setattr(cls, name, lambda self: None, raising=False)
     elif not isinstance(change, Wrap):
-        monkeypatch.delattr(import_module(module), owner)
+        monkeypatch.delattr(import_module(cls.__module__), cls.__name__)
     elif cls is EngineArgs:
         found = vars(cls)[name]
         function = getattr(found, "__func__", found)
@@ -274,9 +271,8 @@ def test_signatures_are_compared():
     """A wrapper relies on the first parameters; a method that has others is left alone."""
     for change in CHANGES:
         if isinstance(change, Wrap):
-            module, _, path = change.target.partition(":")
-            owner, _, name = path.partition(".")
-            found = vars(getattr(import_module(module), owner))[name]
+            owner, name = owner_of(change.target)
+            found = vars(owner)[name]
             function = inspect.unwrap(getattr(found, "__func__", found))
             assert tuple(inspect.signature(function).parameters)[: len(change.takes)] == (
                 change.takes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vllm_kvpca.serving.adapters import cpu_platform, engine_config, figures, flags
+from vllm_kvpca.serving.adapters import cache_groups, cpu_platform, engine_config, figures, flags
 from vllm_kvpca.serving.adapters.changes import Change, Patch
 from vllm_kvpca.serving.adapters.hooks import HOOKS
 
@@ -10,6 +10,8 @@ PATCHES: tuple[Patch, ...] = (
     flags.PATCH,
     engine_config.PATCH,
     cpu_platform.PATCH,
+    cache_groups.COVERAGE,
+    cache_groups.PREFIX_HITS,
     *figures.PATCHES,
 )
 CHANGES: tuple[Change, ...] = (*HOOKS, *(c for patch in PATCHES for c in patch.changes))

@@ -33,7 +33,7 @@ class Change(Protocol):
 
     @property
     def target(self) -> str:
-        """What is changed, as "module:Class.name"."""
+        """What is changed, as "module:Class.name" or "module:name"."""
 
     def is_made(self) -> bool:
         """Whether it is in effect; False if vLLM lacks the name."""
@@ -66,23 +66,24 @@ class Patch:
     changes: tuple[Change, ...]
 
 
-def owner_of(target: str) -> tuple[type, str]:
-    """The class and the name that "module:Class.name" stands for.
+def owner_of(target: str) -> tuple[Any, str]:
+    """The class and the name that "module:Class.name" stands for; the module for "module:name".
 
     Raises:
-        Misfit: there is no such class.
+        Misfit: there is no such class or module.
     """
     module, _, path = target.partition(":")
-    owner, _, name = path.partition(".")
+    owner, _, name = path.rpartition(".")
     try:
-        return getattr(import_module(module), owner), name
+        found = import_module(module)
+        return getattr(found, owner) if owner else found, name
     except Exception as error:  # an import of another vLLM may fail in any way
         raise Misfit(f"vLLM has no {owner} in {module}") from error
 
 
 @dataclass(frozen=True)
 class Wrap:
-    """Replaces a method by `wrapper(original)`; class and static methods stay such.
+    """Replaces a method or function by `wrapper(original)`; class and static methods stay such.
 
     Attributes:
         takes: the first parameters of the original, which the wrapper relies on.

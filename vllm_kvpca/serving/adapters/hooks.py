@@ -65,13 +65,14 @@ class Specs:
             from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry as registry
 
             from vllm_kvpca.serving.cache import managers
+            from vllm_kvpca.serving.cache.coordinator import PairCoordinator
             from vllm_kvpca.serving.cache.specs import ArchiveSpec, RecentSpec
 
             assert callable(registry.register) and callable(registry._ensure_registered)
         except Exception as error:
             raise Misfit(f"vLLM's cache groups have changed ({error})") from error
-        for manager in (managers.RecentManager, managers.ArchiveManager):
-            check_overrides(manager)
+        for cls in (managers.RecentManager, managers.ArchiveManager, PairCoordinator):
+            check_overrides(cls)
 
         def undo() -> None:
             for spec in (RecentSpec, ArchiveSpec):

@@ -12,26 +12,17 @@ from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-from vllm_kvpca.errors import OptionsError
 from vllm_kvpca.pages.boundary import Policy
-from vllm_kvpca.serving.cache.prefix_hits import GroupView, joint_hit
 from vllm_kvpca.serving.cache.specs import ArchiveSpec, RecentSpec
 
 
 class _GroupManager(SingleTypeKVCacheManager):
-    """What both managers share: each announces its group to the joint prefix search."""
-
-    role: str
+    """What both managers share: they count the blocks in use."""
 
     def __init__(self, kv_cache_spec: KVCacheSpec, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, **kwargs)
-        spec = kv_cache_spec
-        self.policy: Policy = spec.policy
+        self.policy: Policy = kv_cache_spec.policy
         """Kept, because every step asks for every sequence."""
-        need = spec.peak_blocks(spec.max_model_len)
-        view = GroupView(self.kv_cache_group_id, spec.block_size, self.policy, need)
-        GroupView.announce(self.block_pool, self.role, view)
-        _check_room(self.block_pool, spec.max_model_len)
         self.held: Counter[int] = Counter()
         """Blocks in use by id, with the number of sequences that use each."""
         self.uses = 0
@@ -60,32 +51,29 @@ class _GroupManager(SingleTypeKVCacheManager):
         self._release(blocks)
         return blocks
 
+    def _has_partial_local_hit(
+        self, new_computed_blocks: Sequence[KVCacheBlock], num_local_computed_tokens: int
+    ) -> bool:
+        """No block of a hit is ever written again: an archive ends with a whole block, and the
+        raw block in which it ends is not part of the hit."""
+        return False
+
     @classmethod
-    def find_longest_cache_hit(
-        cls,
-        block_hashes: Any,
-        max_length: int,
-        kv_cache_group_ids: list[int],
-        block_pool: Any,
-        kv_cache_spec: KVCacheSpec,
-        drop_eagle_block: bool,
-        alignment_tokens: int,
-        dcp_world_size: int = 1,
-        pcp_world_size: int = 1,
-    ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
-        hit = joint_hit(block_hashes, max_length, block_pool, alignment_tokens)
-        return (hit.blocks[cls.role],), hit.length
+    def find_longest_cache_hit(cls, *args: Any, **kwargs: Any) -> Any:
+        """Not for one group alone: PairCoordinator searches pairs."""
+        raise NotImplementedError("vLLM's own coordinator was asked for a compressed layer's hit")
 
 
 class RecentManager(_GroupManager):
     """Blocks of group R: allocated for the tail of a step only, freed below the boundary."""
 
-    role = "recent"
-
     def __init__(self, kv_cache_spec: RecentSpec, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, **kwargs)
         self._freed_below: dict[str, int] = {}
         """First block index of a request that has not been looked at for freeing."""
+        self._hit_ends_in: dict[str, int] = {}
+        """Row of a request's raw block in which its archived hit ends: its first slots stay empty,
+        so the block is never cached."""
 
     def get_num_skipped_tokens(self, num_computed_tokens: int) -> int:
         return self.policy.boundary(num_computed_tokens)
@@ -114,7 +102,11 @@ class RecentManager(_GroupManager):
         evictable = self._get_num_evictable_blocks(hits)
         if apply_admission_cap:
             held = len(hits) + sum(not block.is_null for block in rows)
-            return max(0, self.kv_cache_spec.peak_blocks(num_tokens) - held) + evictable
+            # A hit may be archived beyond the boundary: its null rows stay null.
+            null = len(new_computed_blocks) + len(rows) - held
+            peak = self.kv_cache_spec.peak_blocks(num_tokens)
+            peak = min(peak, cdiv(num_tokens, self.block_size) - null)
+            return max(0, peak - held) + evictable
         held_rows = max(len(rows), len(new_computed_blocks))
         return sum(self._new_rows(held_rows, num_tokens, num_tokens_main_model)) + evictable
 
@@ -156,15 +148,35 @@ class RecentManager(_GroupManager):
             self.block_pool.free_blocks(freed)
         self._freed_below[request_id] = max(first, last)
 
+    def add_local_computed_blocks(
+        self,
+        request_id: str,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        num_local_computed_tokens: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        super().add_local_computed_blocks(
+            request_id, new_computed_blocks, num_local_computed_tokens, *args, **kwargs
+        )
+        if num_local_computed_tokens % self.block_size:
+            self._hit_ends_in[request_id] = num_local_computed_tokens // self.block_size
+
+    def cache_blocks(self, request: Any, num_tokens: int, *args: Any, **kwargs: Any) -> None:
+        row = self._hit_ends_in.get(request.request_id)
+        if row is not None and num_tokens >= (row + 1) * self.block_size:
+            del self._hit_ends_in[request.request_id]
+            self.num_cached_block[request.request_id] = row + 1  # passed over
+        super().cache_blocks(request, num_tokens, *args, **kwargs)
+
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         self._freed_below.pop(request_id, None)
+        self._hit_ends_in.pop(request_id, None)
         return super().pop_blocks_for_free(request_id)
 
 
 class ArchiveManager(_GroupManager):
     """Blocks of group C: allocated up to the boundary, held until the request ends."""
-
-    role = "archive"
 
     def __init__(self, kv_cache_spec: ArchiveSpec, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, **kwargs)
@@ -235,27 +247,11 @@ class ArchiveManager(_GroupManager):
         *,
         replay_boundaries: Sequence[int],
     ) -> None:
-        # vLLM has rounded num_tokens; every block we hold is archived once the step has run.
+        # Every block we hold is archived once the step has run, however many tokens vLLM counts.
         archived = len(self.req_to_blocks[request.request_id]) * self.block_size
         archived = min(archived, request.num_tokens)
         super().cache_blocks(
             request, archived, retention_interval, replay_boundaries=replay_boundaries
-        )
-
-
-def _check_room(block_pool: Any, max_model_len: int) -> None:
-    """Refuse a pool in which a single sequence could get stuck.
-
-    Raises:
-        OptionsError: both groups are known and need more than the pool has.
-    """
-    views = GroupView.known(block_pool)
-    need, usable = sum(view.need for view in views), block_pool.num_gpu_blocks - 1
-    if len(views) == 2 and need > usable:
-        raise OptionsError(
-            f"one sequence of {max_model_len} tokens needs {need} KV cache blocks while it is "
-            f"prefilled and compressed, and there is memory for {usable}: lower --max-model-len "
-            "or give the KV cache more memory."
         )
 
 

@@ -8,7 +8,7 @@ and behaves like full attention. Both carry the layer's plan: archive [0, bounda
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm.utils.math_utils import cdiv
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheSpec
@@ -25,12 +25,15 @@ class _PlannedSpec:
     Attributes:
         planned: as it was before vLLM equalized pages with layers of other kinds; `plan` is what
             counts.
-        max_model_len: tokens.
     """
 
     block_size: int
     planned: LayerPlan
-    max_model_len: int
+
+    if TYPE_CHECKING:  # of the vLLM spec beside it: its other fields must keep their defaults
+
+        @property
+        def page_size_bytes(self) -> int: ...
 
     @property
     def plan(self) -> LayerPlan:
@@ -49,6 +52,22 @@ class _PlannedSpec:
         """Most blocks of this group that one sequence of so many tokens ever holds."""
         raise NotImplementedError
 
+    def decoding_blocks(self, num_tokens: int) -> int:
+        """Most blocks of this group that it holds while it decodes."""
+        raise NotImplementedError
+
+    def max_memory_usage_bytes(self, vllm_config: Any) -> int:
+        """Bytes of one layer for one sequence of max_model_len tokens.
+
+        vLLM asks twice. First, what a pool must hold so that one sequence can always go on: the
+        peak, with the raw blocks that wait while a prompt is archived. Then, once it knows the
+        number of blocks, how many sequences fit: few of them are in that state at a time.
+        """
+        longest = vllm_config.model_config.max_model_len
+        known = vllm_config.cache_config.num_gpu_blocks is not None
+        blocks = self.decoding_blocks(longest) if known else self.peak_blocks(longest)
+        return blocks * self.page_size_bytes
+
 
 @dataclass(frozen=True, kw_only=True)
 class RecentSpec(_PlannedSpec, AttentionSpec):
@@ -64,13 +83,9 @@ class RecentSpec(_PlannedSpec, AttentionSpec):
     def peak_blocks(self, num_tokens: int) -> int:
         return peak_raw_blocks(self.policy, self.block_size, num_tokens, self.batches)
 
-    def max_memory_usage_bytes(self, vllm_config: Any) -> int:
-        """What a decoding sequence holds; the tails that prefill leaves for a moment are in
-        `peak_blocks`, which admission and the check at start go by."""
-        longest = vllm_config.model_config.max_model_len
-        archived = self.policy.boundary(longest) // self.policy.align
-        blocks = decoding_blocks(self.policy, self.block_size, longest) - archived
-        return blocks * self.page_size_bytes
+    def decoding_blocks(self, num_tokens: int) -> int:
+        archived = self.policy.boundary(num_tokens) // self.policy.align
+        return decoding_blocks(self.policy, self.block_size, num_tokens) - archived
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,8 +111,8 @@ class ArchiveSpec(_PlannedSpec, FullAttentionSpec):
     def peak_blocks(self, num_tokens: int) -> int:
         return cdiv(self.policy.boundary(num_tokens), self.block_size)
 
-    def max_memory_usage_bytes(self, vllm_config: Any) -> int:
-        return self.peak_blocks(vllm_config.model_config.max_model_len) * self.page_size_bytes
+    def decoding_blocks(self, num_tokens: int) -> int:
+        return self.peak_blocks(num_tokens)
 
     @classmethod
     def merge(cls, specs: list[ArchiveSpec]) -> ArchiveSpec:

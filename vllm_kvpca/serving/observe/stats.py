@@ -9,13 +9,17 @@ has changed is sent.
 from __future__ import annotations
 
 import time
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from vllm.utils.math_utils import cdiv
 
 from vllm_kvpca.metrics import METRICS
 from vllm_kvpca.serving.cache.managers import ArchiveManager, RecentManager
+from vllm_kvpca.serving.cache.pairs import find_pairs
 from vllm_kvpca.serving.cache.specs import ArchiveSpec, RecentSpec
 from vllm_kvpca.serving.observe.times import SampleFetcher
 
@@ -84,30 +88,56 @@ def take_stats(scheduler: Any) -> dict[str, Any] | None:
 def _ended(scheduler: Any) -> list[float]:
     """Archived tokens of each request that has ended since the last call."""
     fixed = _fixed(scheduler)
-    if fixed is None or not fixed.archive.ended:
+    if fixed is None:
         return []
+    ended: Counter[str] = Counter()
+    for pair in fixed.pairs:
+        for name, tokens in pair.archive.ended.items():
+            ended[name] += tokens * pair.layers
+        pair.archive.ended.clear()
     # Preempted requests gave their blocks back too, but the scheduler still knows them.
-    values = [float(n) for name, n in fixed.archive.ended.items() if name not in scheduler.requests]
-    fixed.archive.ended.clear()
-    return values
+    return [float(n // fixed.layers) for name, n in ended.items() if name not in scheduler.requests]
+
+
+@dataclass(frozen=True)
+class _PairOfManagers:
+    """The groups that serve the same layers.
+
+    Attributes:
+        layers: how many those are.
+        token_bytes: archived bytes of one token over these layers and local KV heads.
+        raw_blocks: raw blocks that the tokens of one archive block would take.
+    """
+
+    recent: RecentManager
+    archive: ArchiveManager
+    layers: int
+    token_bytes: int
+    raw_blocks: float
 
 
 @dataclass(frozen=True)
 class _Fixed:
     """What does not change while an engine runs; found once, because every step counts.
 
+    Where layers differ in how much of a sequence they have archived, tokens are the mean over
+    layers, and sequences those that any layer has archived a part of.
+
     Attributes:
         page: bytes of one block of the pool over all layers of a group.
-        token_bytes: archived bytes of one token over all layers and local KV heads.
-        raw_blocks: raw blocks that the tokens of one archive block would take.
     """
 
-    recent: RecentManager
-    archive: ArchiveManager
+    pairs: tuple[_PairOfManagers, ...]
     page: int
-    token_bytes: int
-    raw_blocks: float
     capacity: dict[str, int]
+
+    @cached_property
+    def layers(self) -> int:
+        return sum(pair.layers for pair in self.pairs)
+
+    def mean(self, value: Callable[[_PairOfManagers], int]) -> int:
+        """Of a number of tokens, over all compressed layers."""
+        return sum(pair.layers * value(pair) for pair in self.pairs) // self.layers
 
 
 def _fixed(scheduler: Any) -> _Fixed | None:
@@ -117,22 +147,20 @@ def _fixed(scheduler: Any) -> _Fixed | None:
 
 
 def _find_fixed(scheduler: Any) -> _Fixed | None:
-    managers = scheduler.kv_cache_manager.coordinator.single_type_managers
-    recent = next((m for m in managers if isinstance(m, RecentManager)), None)
-    archive = next((m for m in managers if isinstance(m, ArchiveManager)), None)
-    if recent is None or archive is None:
-        return None
     groups = scheduler.kv_cache_config.kv_cache_groups
-    pages, archived = groups[recent.kv_cache_group_id], groups[archive.kv_cache_group_id]
-    spec = archive.kv_cache_spec
-    return _Fixed(
-        recent,
-        archive,
-        pages.kv_cache_spec.page_size_bytes * len(pages.layer_names),
-        spec.state_content_size_bytes * spec.num_kv_heads * len(archived.layer_names),
-        archive.block_size / recent.block_size,
-        _capacity(scheduler),
-    )
+    managers = scheduler.kv_cache_manager.coordinator.single_type_managers
+    pairs = []
+    for pair in find_pairs(groups):
+        archived = groups[pair.archive]
+        spec, layers = archived.kv_cache_spec, len(archived.layer_names)
+        token_bytes = spec.state_content_size_bytes * spec.num_kv_heads * layers
+        recent, archive = managers[pair.recent], managers[pair.archive]
+        blocks = pair.policy.align / pair.raw_block
+        pairs.append(_PairOfManagers(recent, archive, layers, token_bytes, blocks))
+    if not pairs:
+        return None
+    page = max(g.kv_cache_spec.page_size_bytes * len(g.layer_names) for g in groups)
+    return _Fixed(tuple(pairs), page, _capacity(scheduler))
 
 
 def cache_stats(scheduler: Any) -> dict[str, float] | None:
@@ -145,28 +173,31 @@ def cache_stats(scheduler: Any) -> dict[str, float] | None:
     fixed = _fixed(scheduler)
     if fixed is None:
         return None
-    recent, archive = fixed.recent, fixed.archive
-    tokens, sequences = _computed(scheduler, recent)
+    pairs, first = fixed.pairs, fixed.pairs[0]
+    tokens, sequences = _computed(scheduler, first.recent)
     # Archive rows end at the boundary, or behind it after a prefix hit: never in a block that is
     # only partly computed. Shared blocks count for each sequence.
-    archived_tokens = archive.uses * archive.block_size
-    raw_bytes = fixed.page * len(recent.held)
-    archived_bytes = fixed.page * len(archive.held)
-    saved = int(archived_bytes * fixed.raw_blocks) - archived_bytes
+    archived_tokens = fixed.mean(lambda pair: pair.archive.uses * pair.archive.block_size)
+    archived_sequences = max(pair.archive.sequences for pair in pairs)
+    raw_bytes = fixed.page * sum(len(pair.recent.held) for pair in pairs)
+    archived_bytes = fixed.page * sum(len(pair.archive.held) for pair in pairs)
+    as_raw = fixed.page * sum(len(pair.archive.held) * pair.raw_blocks for pair in pairs)
+    saved = int(as_raw) - archived_bytes
     used = raw_bytes + archived_bytes
+    written = sum(pair.archive.archived_tokens * pair.token_bytes for pair in pairs)
     return {
         "kv_cache_bytes/raw": raw_bytes,
         "kv_cache_bytes/archived": archived_bytes,
-        "kv_cache_bytes/free": fixed.page * archive.block_pool.get_num_free_blocks(),
+        "kv_cache_bytes/free": fixed.page * first.archive.block_pool.get_num_free_blocks(),
         "kv_cache_tokens/raw": tokens - archived_tokens,
         "kv_cache_tokens/archived": archived_tokens,
         "kv_cache_saved_bytes": saved,
         "kv_cache_compression_ratio": (used + saved) / used if used else 1.0,
-        "sequences/raw": sequences - archive.sequences,
-        "sequences/archived": archive.sequences,
-        "archived_tokens": archive.archived_tokens,
-        "archive_operations": archive.archive_operations,
-        "archive_written_bytes": archive.archived_tokens * fixed.token_bytes,
+        "sequences/raw": sequences - archived_sequences,
+        "sequences/archived": archived_sequences,
+        "archived_tokens": fixed.mean(lambda pair: pair.archive.archived_tokens),
+        "archive_operations": max(pair.archive.archive_operations for pair in pairs),
+        "archive_written_bytes": written,
         **fixed.capacity,
     }
 
@@ -188,11 +219,12 @@ def _capacity(scheduler: Any) -> dict[str, int]:
     compressed = raw = 0
     for group in config.kv_cache_groups:
         spec = group.kv_cache_spec
-        need = cdiv(spec.max_memory_usage_bytes(scheduler.vllm_config), spec.page_size_bytes)
-        compressed += need
-        if isinstance(spec, RecentSpec):
-            raw += cdiv(max_model_len, spec.block_size)
-        elif not isinstance(spec, ArchiveSpec):
+        if isinstance(spec, RecentSpec | ArchiveSpec):
+            compressed += spec.decoding_blocks(max_model_len)
+            raw += cdiv(max_model_len, spec.block_size) if isinstance(spec, RecentSpec) else 0
+        else:
+            need = cdiv(spec.max_memory_usage_bytes(scheduler.vllm_config), spec.page_size_bytes)
+            compressed += need
             raw += need
     return {
         "kv_cache_capacity_tokens": int(config.num_blocks / compressed * max_model_len),
@@ -205,7 +237,8 @@ def engine_status(scheduler: Any) -> dict[str, Any] | None:
 
     Returns:
         None if the engine does not compress. Counters are totals since the engine started,
-        histograms the count and sum of their observations.
+        histograms the count and sum of their observations. Of several kinds of compressed layers,
+        shapes and block sizes are the first one's.
     """
     figures = cache_stats(scheduler)
     if figures is None:
@@ -216,8 +249,8 @@ def engine_status(scheduler: Any) -> dict[str, Any] | None:
             count, total = observed.get(metric.key, (0, 0.0))
             figures |= {f"{metric.key}/count": count, f"{metric.key}/sum": total}
     groups = scheduler.kv_cache_config.kv_cache_groups
-    recent = next(g.kv_cache_spec for g in groups if isinstance(g.kv_cache_spec, RecentSpec))
-    archive = next(g.kv_cache_spec for g in groups if isinstance(g.kv_cache_spec, ArchiveSpec))
+    pair = find_pairs(groups)[0]
+    recent = groups[pair.recent].kv_cache_spec
     return {
         "layers": [
             {"kind": type(group.kv_cache_spec).__name__, "names": list(group.layer_names)}
@@ -226,9 +259,9 @@ def engine_status(scheduler: Any) -> dict[str, Any] | None:
         ],
         "head_dim": recent.head_size,
         "kv_heads": recent.num_kv_heads,
-        "raw_block": recent.block_size,
-        "archive_block": archive.block_size,
+        "raw_block": pair.raw_block,
+        "archive_block": pair.policy.align,
         "page_bytes": recent.page_size_bytes,
-        "step": archive.policy.align,
+        "step": pair.policy.align,
         "figures": figures,
     }

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
-from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import (
     AttentionBackend,
@@ -22,12 +20,9 @@ from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from vllm_kvpca.pages.block_sizes import BLOCK_STEP
 from vllm_kvpca.serving.cache.specs import ArchiveSpec, RecentSpec
-from vllm_kvpca.serving.log import logger
-from vllm_kvpca.serving.settings.options import CompressionOptions
 from vllm_kvpca.serving.step.attention import KvpcaAttentionImpl
 from vllm_kvpca.serving.step.batch import Step, StepInput, plan_step
 from vllm_kvpca.serving.step.device_batch import DeviceStep, PrefillGroup, group_prefills, on_device
-from vllm_kvpca.serving.step.layers import ArchiveLayer
 from vllm_kvpca.serving.step.workspace import context_tokens
 
 
@@ -126,8 +121,6 @@ class KvpcaMetadataBuilder(AttentionMetadataBuilder[KvpcaMetadata]):
         self.spec = kv_cache_spec
         if device.type == "cuda":  # decodes first, so that one kernel serves them all
             self._init_reorder_batch_threshold(1, supports_spec_as_decode=False)
-        if isinstance(kv_cache_spec, ArchiveSpec) and vllm_config.parallel_config.rank == 0:
-            _log_coverage(vllm_config, kv_cache_spec)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
@@ -179,30 +172,3 @@ class KvpcaMetadataBuilder(AttentionMetadataBuilder[KvpcaMetadata]):
             recent_table=table,
             archive_table=table,  # the archive's own comes with its group's metadata
         )
-
-
-def _log_coverage(vllm_config: Any, spec: ArchiveSpec) -> None:
-    """Say which layers are compressed and which are left to vLLM, by kind, with counts."""
-    kinds: Counter[str] = Counter()
-    for layer in vllm_config.compilation_config.static_forward_context.values():
-        if isinstance(layer, ArchiveLayer):
-            kinds["compressed full attention"] += 1
-        elif isinstance(layer, AttentionLayerBase):
-            layer_spec = layer.get_kv_cache_spec(vllm_config)
-            if layer_spec is not None and not isinstance(layer_spec, RecentSpec):
-                kinds[f"left to vLLM: {type(layer_spec).__name__.removesuffix('Spec')}"] += 1
-    options = CompressionOptions.of(vllm_config)
-    assert options is not None
-    raw = 4 * spec.head_size
-    logger.info(
-        "KV compression: preset %s, layers: %s; archived token %d bytes per head against %d raw "
-        "(total ratio %.2fx); sequences over %d tokens keep the last %d raw, in steps of %d.",
-        options.preset,
-        ", ".join(f"{count} {kind}" for kind, count in kinds.items()),
-        spec.state_content_size_bytes,
-        raw,
-        raw / spec.state_content_size_bytes,
-        options.compress_after,
-        options.keep_recent,
-        spec.policy.align,
-    )

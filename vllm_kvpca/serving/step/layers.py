@@ -27,14 +27,13 @@ from vllm_kvpca.pages.block_sizes import RAW_BLOCKS, PagePlan, plan_pages
 from vllm_kvpca.pages.layer_plan import LayerPlan
 from vllm_kvpca.pages.layout import ArchiveLayout, raw_token_bytes
 from vllm_kvpca.preset import Preset
+from vllm_kvpca.serving.cache.pairs import ARCHIVE_SUFFIX
 from vllm_kvpca.serving.cache.specs import ArchiveSpec, RecentSpec
 from vllm_kvpca.serving.observe.times import timer
 from vllm_kvpca.serving.settings.options import CompressionOptions, cached_preset
 
 if TYPE_CHECKING:
     from vllm_kvpca.serving.step.attention import KvpcaAttentionImpl
-
-ARCHIVE_SUFFIX = ".kvpca_archive"
 
 
 class ArchiveLayer(torch.nn.Module, AttentionLayerBase):
@@ -95,7 +94,6 @@ def attach_archive(impl: KvpcaAttentionImpl, vllm_config: Any) -> ArchiveLayer:
         # Equal dtypes: vLLM zeroes the blocks of groups whose dtypes differ.
         "dtype": plan.dtype,
         "planned": plan,
-        "max_model_len": vllm_config.model_config.max_model_len,
     }
     batches = vllm_config.max_concurrent_batches
     recent = RecentSpec(block_size=plan.raw_block, batches=batches, **common)
@@ -104,6 +102,9 @@ def attach_archive(impl: KvpcaAttentionImpl, vllm_config: Any) -> ArchiveLayer:
     layer.get_kv_cache_spec = lambda vllm_config: recent
     archive = ArchiveLayer(spec, codec, layer.num_heads)
     context[name + ARCHIVE_SUFFIX] = archive
+    # vLLM splits kinds of layers into groups in this order: archives as their layers.
+    for layer_name in [name for name in context if name + ARCHIVE_SUFFIX in context]:
+        context[layer_name + ARCHIVE_SUFFIX] = context.pop(layer_name + ARCHIVE_SUFFIX)
     timer.layers += 1
     return archive
 
