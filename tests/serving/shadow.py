@@ -30,11 +30,9 @@ from vllm_kvpca.codec.bands import Band
 from vllm_kvpca.pages.block_sizes import PagePlan, peak_blocks
 from vllm_kvpca.pages.boundary import Policy
 from vllm_kvpca.pages.layer_plan import LayerPlan, Stream
-from vllm_kvpca.serving.adapters.cache_groups import PREFIX_HITS
-from vllm_kvpca.serving.adapters.changes import make_all
-from vllm_kvpca.serving.cache.managers import register_specs
 from vllm_kvpca.serving.cache.pairs import ARCHIVE_SUFFIX
 from vllm_kvpca.serving.cache.specs import ArchiveSpec, RecentSpec
+from vllm_kvpca.serving.register import register
 from vllm_kvpca.serving.step.batch import Bucket, StepInput, plan_step
 
 HEAD_SIZE = 8
@@ -99,8 +97,7 @@ def make_manager(
     windows: tuple[tuple[int, int], ...] = (),
 ) -> KVCacheManager:
     """vLLM's manager over a pool of `blocks` pages, the null block included."""
-    register_specs()
-    make_all(PREFIX_HITS.changes)
+    register()
     init_none_hash(sha256)
     groups = []
     for number, (recent, archive) in enumerate(specs):
