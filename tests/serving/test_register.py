@@ -219,6 +219,19 @@ def test_a_backend_of_another_plugin_is_not_replaced(monkeypatch, log, model, ca
         AttentionBackendEnum.CUSTOM.clear_override()
 
 
+def test_a_block_manager_that_vllm_calls_in_another_way(monkeypatch, log, model, capsys):
+    """Ours override methods of vLLM's: they would be called with what they do not take."""
+    from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
+
+    def allocate_new_blocks(self, request_id, num_tokens, num_tokens_main_model, reserve):
+        raise NotImplementedError
+
+    monkeypatch.setattr(SingleTypeKVCacheManager, "allocate_new_blocks", allocate_new_blocks)
+    plugin.register()
+    assert set(not_made()) == set(TARGETS)
+    assert_refused(model, capsys, "SingleTypeKVCacheManager.allocate_new_blocks takes")
+
+
 @pytest.mark.parametrize("error", [RuntimeError("broken"), ImportError("gone"), AttributeError()])
 def test_no_error_of_ours_leaves_the_entry_point(monkeypatch, log, error):
     def fail():

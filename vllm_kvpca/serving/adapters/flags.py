@@ -47,18 +47,19 @@ class _StoreOption(argparse.Action):
         self, parser: Any, namespace: Any, values: Any, option_string: str | None = None
     ) -> None:
         setattr(namespace, self.dest, values)
-        namespace.additional_config = _with_flags(namespace, namespace.additional_config)
+        _keep(_given(namespace), namespace)
 
 
-def _with_flags(namespace: Any, additional_config: Any) -> Any:
-    """`additional_config` with the flags that were given; the same object if none was."""
-    flags = {key: getattr(namespace, name, None) for name, key in _KEYS.items()}
-    flags = {key: value for key, value in flags.items() if value is not None}
-    if not flags:
-        return additional_config
-    config = dict(additional_config or {})
-    config[KEY] = {**(config.get(KEY) or {}), **flags}
-    return config
+def _given(namespace: Any) -> dict[str, Any]:
+    """The options that were given as flags."""
+    values = {key: getattr(namespace, name, None) for name, key in _KEYS.items()}
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def _keep(options: dict[str, Any], owner: Any) -> None:
+    """Add options to owner.additional_config."""
+    config = dict(owner.additional_config or {})
+    owner.additional_config = {**config, KEY: {**(config.get(KEY) or {}), **options}}
 
 
 def add_flags(parser: Any, action: type[argparse.Action], **changed: Any) -> None:
@@ -86,7 +87,8 @@ def _from_cli_args(original: Any) -> Any:
     def wrapper(cls: Any, args: Any) -> Any:
         # A later --additional-config on the command line would have dropped our key.
         engine_args = original(cls, args)
-        engine_args.additional_config = _with_flags(args, engine_args.additional_config)
+        if options := _given(args):
+            _keep(options, engine_args)
         return engine_args
 
     return wrapper

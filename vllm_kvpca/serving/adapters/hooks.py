@@ -35,7 +35,11 @@ class Backend:
             raise Misfit(f"vLLM's registry of attention backends has changed ({error})") from error
         if taken:
             raise Misfit(f"another plugin has the attention backend CUSTOM ({custom.get_path()})")
-        return Step(lambda: register_backend(custom, BACKEND_PATH) and None, custom.clear_override)
+
+        def make() -> None:
+            register_backend(custom, BACKEND_PATH)
+
+        return Step(make, custom.clear_override)
 
 
 def _custom() -> Any:
