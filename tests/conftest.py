@@ -22,6 +22,7 @@ EACH_VLLM = (
     "serving/test_endpoint.py",
     "serving/test_engine_config.py",
     "serving/test_groups.py",
+    "serving/test_room.py",
     "serving/test_measuring.py",
     "serving/test_options.py",
     "serving/test_platform.py",

@@ -27,14 +27,15 @@ from vllm_kvpca.preset import FORMATS, ModelShape, Preset, PresetConfig, choose
 from vllm_kvpca.preset.formats import CALIBRATED_FORMATS
 from vllm_kvpca.serving.register import register
 from vllm_kvpca.serving.settings import options as options_module
+from vllm_kvpca.serving.settings import refusals
 from vllm_kvpca.serving.settings.options import (
     CompressionOptions,
-    check_engine,
     full_attention_layers,
     has_key_bias,
     model_names,
     model_shape,
 )
+from vllm_kvpca.serving.settings.refusals import check_engine
 from vllm_kvpca.serving.step.layers import local_kv_heads
 
 # --- parsing --------------------------------------------------------------------------------
@@ -146,6 +147,8 @@ SUPPORTED = {
     "speculative_config": None,
     "cache_config.kv_offloading_size": None,
     "cache_config.cache_dtype": "auto",
+    "cache_config.block_size": 16,
+    "cache_config.user_specified_block_size": False,
     "cache_config.kv_sharing_fast_prefill": False,
     "parallel_config.decode_context_parallel_size": 1,
     "parallel_config.prefill_context_parallel_size": 1,
@@ -224,6 +227,69 @@ def test_the_raw_cache_has_the_type_of_the_model(dtype):
                 check_engine(engine, PRESET)
 
 
+@pytest.mark.parametrize(
+    ("size", "works"), [(16, False), (24, False), (36, False), (32, True), (48, True), (256, True)]
+)
+def test_a_block_size_is_the_raw_block_s_or_refused(size, works):
+    changes = {"cache_config.block_size": size, "cache_config.user_specified_block_size": True}
+    if works:
+        return check_engine(make_engine(changes), PRESET)
+    with pytest.raises(OptionsError, match=rf"--block-size {size}: .*multiple of 8 from 32 on"):
+        check_engine(make_engine(changes), PRESET)
+
+
+FP8 = {"num_bits": 8, "type": "float", "dynamic": False, "strategy": "tensor", "symmetric": True}
+CHECKPOINTS = {
+    "kv_cache_scheme": [
+        {"quant_method": "compressed-tensors", "config_groups": {}, "kv_cache_scheme": FP8},
+        {"quant_method": "modelopt", "quant_algo": "FP8", "kv_cache_scheme": FP8},
+    ],
+    "kv_cache_quant_algo": [
+        {
+            "quant_method": "modelopt",
+            "quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8"},
+        },
+        {"quant_method": "modelopt", "quant_algo": "FP8", "kv_cache_quant_algo": "FP8"},
+    ],
+}
+
+
+def configure(folder: Path, changes: dict, **arguments) -> VllmConfig:
+    """The real road, from vLLM's arguments to its configuration, with no weights at hand."""
+    register()
+    config = LlamaConfig(
+        hidden_size=192, num_attention_heads=3, num_key_value_heads=3, num_hidden_layers=2
+    )
+    config.architectures = ["LlamaForCausalLM"]
+    config.dtype = "bfloat16"
+    config.update(changes)
+    config.save_pretrained(folder)
+    options = {"kv_compression": {"preset": "k8v4"}}
+    arguments = {"skip_tokenizer_init": True, "max_model_len": 2048, **arguments}
+    return EngineArgs(
+        model=str(folder), additional_config=options, **arguments
+    ).create_engine_config()
+
+
+@pytest.mark.parametrize(
+    ("setting", "quantization"),
+    [(k, value) for k, values in CHECKPOINTS.items() for value in values],
+)
+def test_a_checkpoint_that_quantizes_the_cache_is_named_with_a_remedy_that_works(
+    tmp_path, setting, quantization
+):
+    changes = {"quantization_config": quantization}
+    with pytest.raises(UnsupportedError, match=rf"\({setting}\).*add --kv-cache-dtype bfloat16"):
+        configure(tmp_path, changes)
+    configure(tmp_path, changes, kv_cache_dtype="bfloat16")
+
+
+def test_vllm_tells_a_block_size_that_the_user_has_set(tmp_path):
+    assert configure(tmp_path, {}, block_size=48).cache_config.block_size == 48
+    with pytest.raises(OptionsError, match="--block-size 16"):
+        configure(tmp_path, {}, block_size=16)
+
+
 @pytest.mark.parametrize("option", UNSUPPORTED)
 def test_each_unsupported_option_is_named(option):
     value, named = UNSUPPORTED[option]
@@ -244,7 +310,7 @@ def test_all_unsupported_options_are_named_at_once():
 
 
 def test_no_refusal_is_without_a_test():
-    assert len(options_module._unsupported(make_engine())) == len(UNSUPPORTED)
+    assert len(refusals._unsupported(make_engine())) == len(UNSUPPORTED)
 
 
 def test_vllm_still_has_every_option_that_is_looked_at():

@@ -180,9 +180,7 @@ def _ours(shape: Shape, name: str) -> tuple[Call, int, float]:
     after, kept = (0, 0) if name.endswith(ALL_ARCHIVED) else (512, 256)
     content = preset.layout(shape.head_dim).content_bytes
     raw = raw_token_bytes(shape.head_dim)
-    plan = plan_pages(
-        raw, content, compress_after=after, keep_recent=kept, max_model_len=shape.context + 1
-    )
+    plan = plan_pages(raw, content, compress_after=after, keep_recent=kept)
     policy = Policy(after, kept, plan.align)
     layout = preset.layout(shape.head_dim, plan.archive_block)
     kv_heads = list(range(shape.kv_heads))

@@ -56,7 +56,6 @@ def policy_of(settings: EngineSettings) -> Policy:
         load_preset(settings.preset).layout(head_dim).content_bytes,
         compress_after=after,
         keep_recent=recent,
-        max_model_len=settings.max_model_len,
     )
     return Policy(after, recent, plan.align)
 

@@ -3,10 +3,12 @@
 Both groups draw pages of equal bytes from one pool, so an archive block holds as many
 tokens as fit into a raw block's bytes. The boundary moves by whole archive blocks; the raw
 block it falls into stays until the boundary has passed it. Whole multiples of 8 tokens waste
-some bytes, and large blocks leave more tokens raw. The planner weighs the two: it takes the
-pair with which one sequence of max_model_len tokens occupies the fewest bytes.
+some bytes, and large blocks leave more tokens raw. The planner weighs the two over sequences
+of 4,000 to 65,000 tokens. Which lengths a server allows plays no part, so that a length which
+fits the memory still fits when it is asked for.
 
-Prefix-cache hits have lengths that are multiples of both block sizes, as vLLM wants them.
+Prefix-cache hits have lengths that are multiples of the raw block: of pairs that hold about as
+much, the smaller blocks are better.
 """
 
 from __future__ import annotations
@@ -14,15 +16,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 from vllm_kvpca.errors import LayoutError
 from vllm_kvpca.pages.boundary import Policy
 from vllm_kvpca.pages.layout import TOGETHER
 
 BLOCK_STEP = TOGETHER
-RAW_BLOCKS = tuple(range(32, 257, BLOCK_STEP))
-MAX_HIT_STEP = 640
-"""Tokens; larger steps would make prefix-cache hits too coarse."""
+SMALLEST_RAW_BLOCK = 32
+RAW_BLOCKS = tuple(range(SMALLEST_RAW_BLOCK, 129, BLOCK_STEP))
+"""What the planner chooses from; larger ones would make prefix-cache hits too coarse."""
+LENGTHS = (4096, 16384, 65536)
+"""Tokens of the sequences that count, all alike."""
+AS_GOOD = 1.01
+"""Pairs that take at most so many times the bytes of the best one are as good."""
 
 
 @dataclass(frozen=True)
@@ -36,11 +43,6 @@ class PagePlan:
     def align(self) -> int:
         """Step of the boundary."""
         return self.archive_block
-
-    @property
-    def hit_step(self) -> int:
-        """Step of a prefix-cache hit's length."""
-        return math.lcm(self.raw_block, self.archive_block)
 
     def page_bytes_per_head(self, raw_bytes: int) -> int:
         return self.raw_block * raw_bytes
@@ -91,38 +93,38 @@ def peak_blocks(plan: PagePlan, policy: Policy, max_model_len: int, batches: int
     return archive + peak_raw_blocks(policy, plan.raw_block, max_model_len, batches)
 
 
+@lru_cache(maxsize=64)  # every layer asks
 def plan_pages(
     raw_bytes: int,
     archive_bytes: int,
     *,
     compress_after: int,
     keep_recent: int,
-    max_model_len: int,
-    raw_blocks: Iterable[int] = RAW_BLOCKS,
+    raw_blocks: tuple[int, ...] = RAW_BLOCKS,
 ) -> PagePlan:
-    """The pair of block sizes that fits most tokens of a max_model_len sequence.
+    """The pair of block sizes in which sequences take the fewest bytes.
 
     Args:
         raw_bytes, archive_bytes: bytes of one token and head, raw and archived.
-        compress_after, keep_recent, max_model_len: tokens.
+        compress_after, keep_recent: tokens.
         raw_blocks: candidates for the raw block size.
 
     Raises:
         LayoutError: no candidate works.
     """
-    best: tuple[float, int, PagePlan] | None = None
+    costs: dict[PagePlan, float] = {}
     for plan in _candidates(raw_bytes, archive_bytes, raw_blocks):
         policy = Policy(compress_after, keep_recent, plan.align)
-        blocks = decoding_blocks(policy, plan.raw_block, max_model_len)
-        key = (blocks * plan.raw_block * raw_bytes, plan.hit_step, plan)
-        if best is None or key[:2] < best[:2]:
-            best = key
-    if best is None:
+        blocks = [decoding_blocks(policy, plan.raw_block, n) / n for n in LENGTHS]
+        costs[plan] = sum(blocks) * plan.raw_block
+    if not costs:
         raise LayoutError(
             f"no block sizes share a page for {raw_bytes} raw and {archive_bytes} archived bytes "
             f"with raw blocks of {list(raw_blocks)} tokens: pass --block-size 64 or 128."
         )
-    return best[2]
+    best = min(costs.values())
+    good = [plan for plan, cost in costs.items() if cost <= AS_GOOD * best]
+    return min(good, key=lambda plan: (plan.raw_block, costs[plan]))
 
 
 def _candidates(
@@ -131,6 +133,5 @@ def _candidates(
     for raw_block in raw_blocks:
         most = raw_block * raw_bytes // archive_bytes
         for archive_block in range(BLOCK_STEP, most + 1, BLOCK_STEP):
-            plan = PagePlan(raw_block, archive_block)
-            if archive_block >= raw_block and plan.hit_step <= MAX_HIT_STEP:
-                yield plan
+            if archive_block >= raw_block:
+                yield PagePlan(raw_block, archive_block)

@@ -63,13 +63,7 @@ def _row(
     layout = format_layout(name, head_dim)
     raw = raw_token_bytes(head_dim)
     after, recent = thresholds.compress_after, thresholds.keep_recent
-    plan = plan_pages(
-        raw,
-        layout.content_bytes,
-        compress_after=after,
-        keep_recent=recent,
-        max_model_len=lengths[-1],
-    )
+    plan = plan_pages(raw, layout.content_bytes, compress_after=after, keep_recent=recent)
     policy = Policy(after, recent, plan.align)
     block = plan.page_bytes_per_head(raw) * heads
     held = [held_blocks(policy, plan.raw_block, n) for n in lengths]

@@ -15,8 +15,8 @@ from vllm_kvpca.serving.settings.options import (
     CompressionOptions,
     asks_for_compression,
     cached_preset,
-    check_engine,
 )
+from vllm_kvpca.serving.settings.refusals import check_engine
 
 BACKEND_KIND = "full_attention"
 

@@ -12,13 +12,12 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
-from vllm_kvpca.codec.bands import RAW_BITS
-from vllm_kvpca.errors import OptionsError, UnsupportedError
+from vllm_kvpca.errors import OptionsError
 from vllm_kvpca.pages.boundary import DEFAULT_COMPRESS_AFTER, DEFAULT_KEEP_RECENT, Policy
 from vllm_kvpca.preset import Preset, load_preset
 from vllm_kvpca.preset.choose import choose_preset
 from vllm_kvpca.preset.files import list_shipped
-from vllm_kvpca.preset.formats import AUTO, DEFAULT_WITH_KEY_BIAS
+from vllm_kvpca.preset.formats import AUTO
 from vllm_kvpca.serving.log import logger
 
 KEY = "kv_compression"
@@ -102,76 +101,6 @@ class CompressionOptions(BaseModel):
 def cached_preset(name: str) -> Preset:
     """A preset, loaded once per process: every attention layer asks for it."""
     return load_preset(name)
-
-
-def check_engine(vllm_config: Any, preset: Preset) -> None:
-    """Refuse what cannot be served compressed, before any process or memory is taken.
-
-    Raises:
-        UnsupportedError: naming each option that is in the way.
-        PresetMismatch: the preset belongs to another model.
-    """
-    problems = [text for wrong, text in _unsupported(vllm_config) if wrong]
-    if problems:
-        raise UnsupportedError(
-            "KV compression cannot be combined with: " + "; ".join(problems) + ". "
-            "Drop those options, or serve without --kv-compression-preset."
-        )
-    model = vllm_config.model_config
-    preset.check_model(
-        model_names(model),
-        model.get_total_num_hidden_layers(),
-        model.get_total_num_kv_heads(),
-        model.get_head_size(),
-        full_attention_layers(model),
-    )
-    preset.layout(model.get_head_size())
-    k = preset.config.k
-    if k.basis == "identity" and k.bands[0].bits < RAW_BITS and has_key_bias(model.hf_text_config):
-        logger.warning(
-            "This model's K has a bias. If it is large, one scale per token is too coarse for K in "
-            "preset %s: %s rotates K, or calibrate a preset.",
-            preset.name,
-            DEFAULT_WITH_KEY_BIAS,
-        )
-
-
-def _unsupported(config: Any) -> list[tuple[bool, str]]:
-    """(whether it is set, what to tell the user) for everything that is not supported yet."""
-    model, cache, parallel = config.model_config, config.cache_config, config.parallel_config
-    events = config.kv_events_config
-    return [
-        (
-            config.kv_transfer_config is not None,
-            "KV transfer and offloading (--kv-transfer-config)",
-        ),
-        (cache.kv_offloading_size is not None, "KV offloading (--kv-offloading-size)"),
-        (config.speculative_config is not None, "speculative decoding (--speculative-config)"),
-        (parallel.decode_context_parallel_size > 1, "--decode-context-parallel-size above 1"),
-        (parallel.prefill_context_parallel_size > 1, "--prefill-context-parallel-size above 1"),
-        (parallel.pipeline_parallel_size > 1, "--pipeline-parallel-size above 1"),
-        (parallel.use_ubatching, "micro-batching (--enable-dbo)"),
-        (
-            # vLLM 0.32 takes a raw cache of another 16-bit type than the model's; kernels do not.
-            cache.cache_dtype not in ("auto", str(model.dtype).removeprefix("torch.")),
-            f"--kv-cache-dtype {cache.cache_dtype} (a preset defines the stored format; use auto)",
-        ),
-        (cache.kv_sharing_fast_prefill, "--kv-sharing-fast-prefill"),
-        (events is not None and events.enable_kv_cache_events, "KV cache events"),
-        (
-            bool(config.scheduler_config.disable_hybrid_kv_cache_manager),
-            "--disable-hybrid-kv-cache-manager",
-        ),
-        (model.runner_type != "generate", f"--runner {model.runner_type}"),
-        (model.is_encoder_decoder, "encoder-decoder models"),
-        (model.use_mla, "MLA models"),
-        (model.is_mm_prefix_lm, "models with bidirectional attention over images"),
-        (model.rswa_window is not None, "models with reference sliding windows"),
-        (
-            str(model.dtype) not in ("torch.bfloat16", "torch.float16"),
-            f"--dtype {str(model.dtype).removeprefix('torch.')} (use bfloat16 or float16)",
-        ),
-    ]
 
 
 def model_names(model_config: Any) -> list[str]:

@@ -159,20 +159,23 @@ def local_kv_heads(total: int, rank: int, world: int) -> list[int]:
 def page_plan(
     vllm_config: Any, options: CompressionOptions, archive_bytes: int, head_size: int
 ) -> PagePlan:
-    """Block sizes of both groups; with other kinds of layers only sizes that divide, or are
-    divided by, theirs, so that vLLM can equalize the pages without padding."""
+    """Block sizes of both groups. A block size that the user asks for is the raw block's; with
+    other kinds of layers it is a multiple of theirs, so that vLLM can equalize the pages by
+    giving them larger blocks."""
+    cache = vllm_config.cache_config
     context = vllm_config.compilation_config.static_forward_context
-    block = vllm_config.cache_config.block_size
-    raw_blocks = RAW_BLOCKS
-    if any(_left_to_vllm(layer) for layer in context.values()):
-        raw_blocks = tuple(r for r in RAW_BLOCKS if r % block == 0 or block % r == 0)
+    raw_blocks: tuple[int, ...] = RAW_BLOCKS
+    if cache.user_specified_block_size:
+        raw_blocks = (cache.block_size,)
+    elif any(_left_to_vllm(layer) for layer in context.values()):
+        multiples = tuple(size for size in RAW_BLOCKS if size % cache.block_size == 0)
+        raw_blocks = multiples or (cache.block_size,)
     return plan_pages(
         raw_token_bytes(head_size),
         archive_bytes,
         compress_after=options.compress_after,
         keep_recent=options.keep_recent,
-        max_model_len=vllm_config.model_config.max_model_len,
-        raw_blocks=raw_blocks or (block,),
+        raw_blocks=raw_blocks,
     )
 
 
