@@ -32,7 +32,20 @@ EACH_VLLM = (
 """The tests that stand on vLLM's inside: marked each_vllm, they run with every tested version."""
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    mark_each_vllm(items)
+    leave_out_gpu(config, items)
+
+
+def leave_out_gpu(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What needs a GPU is deselected where there is none, not skipped: nobody counts it."""
+    if not torch.cuda.is_available():
+        needing = [item for item in items if item.get_closest_marker("gpu")]
+        config.hook.pytest_deselected(items=needing)
+        items[:] = [item for item in items if item not in needing]
+
+
+def mark_each_vllm(items: list[pytest.Item]) -> None:
     chosen = {Path(__file__).parent / name for name in EACH_VLLM}
     missing = [path for path in chosen if not path.exists()]
     assert not missing, f"EACH_VLLM names what is gone: {missing}"
@@ -41,7 +54,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.each_vllm)
 
 
-KERNELS = ("starts.kernel", "store.kernel", "archive.kernel", "expand.kernel", "attend.decode")
+KERNELS = ("starts.kernel", "store.kernel", "archive.kernel", "expand.kernel", "attend.kernel")
 
 
 def import_interpreted() -> None:

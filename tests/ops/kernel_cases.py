@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 
 from vllm_kvpca.codec.bands import QUANTIZED, Band, signed_nibbles
-from vllm_kvpca.ops import reference
 from vllm_kvpca.ops.layer_codec import LayerCodec
+from vllm_kvpca.ops.store.reference import store_slots
 from vllm_kvpca.pages.boundary import Policy
+from vllm_kvpca.pages.layer_plan import LayerPlan, Stream
 from vllm_kvpca.pages.layout import ArchiveLayout
+from vllm_kvpca.pages.step_plan import StepPlan
 
 Shares = list[tuple[float, int]]
 Sequences = list[tuple[int, int, int]]
@@ -53,6 +55,41 @@ def make_codec(
     return LayerCodec(layout, basis(rotate_k), basis(rotate_v), dtype)
 
 
+def make_plan(codec: LayerCodec, raw_block: int, policy: Policy) -> LayerPlan:
+    """The plan of a layer with this codec. Engines move the boundary by whole archive blocks;
+    the ops take any step."""
+    layout = codec.layout
+    streams = tuple(
+        Stream(name, layout.head_dim, parts, "random")
+        for name, parts in (("k", layout.k_bands), ("v", layout.v_bands))
+    )
+    thresholds = (policy.compress_after, policy.keep_recent)
+    plan = LayerPlan(streams, codec.dtype, raw_block, layout.block_size, *thresholds)
+    plan.__dict__["policy"] = policy
+    return plan
+
+
+def plan_step(
+    plan: LayerPlan,
+    where: tuple[torch.Tensor, ...],
+    recent_table: torch.Tensor,
+    archive_table: torch.Tensor,
+    slots: torch.Tensor | None = None,
+    **attending: object,
+) -> StepPlan:
+    """A step whose archived parts end where the case says.
+
+    Args:
+        where: query_start, lengths, starts.
+    """
+    query_start, lengths, starts = where
+    busy = busy_list(starts, lengths, plan.policy)
+    if slots is None:
+        slots = torch.full((int(query_start[-1]),), -1, device=lengths.device)
+    tables = (recent_table, archive_table)
+    return StepPlan(plan, query_start, lengths, starts, busy, slots, *tables, **attending)
+
+
 def random_tokens(
     tokens: int, heads: int, head_dim: int, dtype: torch.dtype, device="cpu"
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -92,7 +129,7 @@ def step_tensors(sequences: Sequences, device="cpu") -> tuple[torch.Tensor, ...]
 
 
 def busy_list(starts: torch.Tensor, lengths: torch.Tensor, policy: Policy) -> torch.Tensor:
-    """What starts.list_busy makes, by the policy itself."""
+    """Which sequences archive, by the policy itself: StepPlan.busy."""
     pairs = zip(starts.tolist(), lengths.tolist(), strict=True)
     rows = [row for row, (start, n) in enumerate(pairs) if policy.boundary(n) > start]
     return torch.tensor([len(rows), *rows], dtype=torch.int32, device=starts.device)
@@ -106,7 +143,7 @@ def filled_recent(
         blocks, heads, raw_block, 2 * head_dim, dtype=dtype, device=device, fill=float("nan")
     )
     key, value = random_tokens(blocks * raw_block, heads, head_dim, dtype, device)
-    reference.store(recent, key, value, torch.arange(blocks * raw_block, device=device))
+    store_slots(recent, key, value, torch.arange(blocks * raw_block, device=device))
     return recent
 
 
@@ -162,7 +199,7 @@ def assert_band_within_one(
 def assert_expanded(
     actual: torch.Tensor, wanted: torch.Tensor, codec: LayerCodec, which: str
 ) -> None:
-    """Rows of `gather` are equal; with a basis, up to what tf32 drops of it.
+    """Rows of `expand` are equal; with a basis, up to what tf32 drops of it.
 
     Without a basis there is one float32 product, rounded once. With one, tf32 changes an entry
     by less than 2^-10 of it, so a component by less than 2^-10 of its vector's length, and

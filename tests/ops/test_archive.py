@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import pytest
 import torch
 from kernel_cases import (
     FORMATS,
     assert_same_codes,
-    busy_list,
     filled_recent,
     make_codec,
+    make_plan,
     make_table,
+    plan_step,
     random_tokens,
     step_tensors,
     strided_cache,
 )
 
-from vllm_kvpca.ops import reference
+from vllm_kvpca.ops.archive import reference
+from vllm_kvpca.ops.expand import reference as expand_reference
+from vllm_kvpca.ops.layer_cache import LayerCache
+from vllm_kvpca.ops.layer_codec import LayerCodec
 from vllm_kvpca.pages.boundary import Policy
+from vllm_kvpca.pages.step_plan import PrefillGroup, StepPlan, StepTokens
 
 kernel = pytest.importorskip("vllm_kvpca.ops.archive.kernel", exc_type=ImportError)
 expand = pytest.importorskip("vllm_kvpca.ops.expand.kernel", exc_type=ImportError)
@@ -39,39 +46,59 @@ def empty_pages(blocks, heads, codec, device):
     ]
 
 
-def make_case(name, dtype, policy, sequences, heads, head_dim, device):
-    """Codec, pages for the reference and for the kernel, and the arguments after pages."""
+@dataclass
+class Case:
+    """A step, its tokens, and pages for the reference (`wanted`) and for the kernel (`actual`)."""
+
+    codec: LayerCodec
+    step: StepPlan
+    tokens: StepTokens
+    recent: torch.Tensor
+    wanted: torch.Tensor
+    actual: torch.Tensor
+
+    def archive(self) -> None:
+        """By the kernel."""
+        cache = LayerCache(self.recent, self.actual, self.codec)
+        kernel.archive(self.step, self.tokens, cache)
+
+    def both(self) -> None:
+        """By the kernel and by the reference, which write the same."""
+        self.archive()
+        reference.archive(self.step, self.tokens, LayerCache(self.recent, self.wanted, self.codec))
+        assert_same_codes(self.actual, self.wanted, self.codec)
+
+
+def longest(new: int) -> tuple[PrefillGroup, ...]:
+    """What makes `new` a step's most new tokens of a sequence; nothing else of it is read."""
+    none = torch.zeros(0)
+    return (PrefillGroup(slice(0), slice(0), new, new, False, none, none),)
+
+
+def make_case(name, dtype, policy, sequences, heads, head_dim, device, max_new=1) -> Case:
     torch.manual_seed(7)
     codec = make_codec(name, head_dim, heads, dtype, device, BLOCK)
-    query_start, lengths, starts = step_tensors(sequences, device)
-    n = lengths.tolist()
+    where = step_tensors(sequences, device)
+    n = where[1].tolist()
     recent_table = make_table([-(-x // RAW_BLOCK) for x in n], device)
     archive_table = make_table([-(-policy.boundary(x) // BLOCK) for x in n], device)
     blocks = int(recent_table.max()) + 1
     recent = filled_recent(blocks, heads, RAW_BLOCK, head_dim, dtype, device)
-    tokens = random_tokens(max(1, int(query_start[-1])), heads, head_dim, dtype, device)
+    key, value = random_tokens(max(1, int(where[0][-1])), heads, head_dim, dtype, device)
     wanted, actual = empty_pages(int(archive_table.max()) + 2, heads, codec, device)
-    step = (query_start, lengths, starts, recent_table, archive_table)
-    return codec, wanted, actual, (recent, *tokens, *step, policy, codec)
-
-
-def archive(pages, args, max_new=1):
-    """The kernel with the arguments of its reference."""
-    lengths, starts, policy = args[4], args[5], args[8]
-    kernel.archive(pages, *args, busy_list(starts, lengths, policy), max_new=max_new)
+    plan = make_plan(codec, RAW_BLOCK, policy)
+    step = plan_step(plan, where, recent_table, archive_table, prefills=longest(max_new))
+    return Case(codec, step, StepTokens(key, key, value, key), recent, wanted, actual)
 
 
 def check(name, dtype, policy, sequences, heads, head_dim, device, max_new=None):
     """Kernel and reference write the same; returns the kernel's pages."""
-    codec, wanted, actual, args = make_case(name, dtype, policy, sequences, heads, head_dim, device)
     if max_new is None:
         max_new = max(new for _, new, _ in sequences)
-    reference.archive_step(wanted, *args, max_new=max_new)
-    archive(actual, args, max_new)
-    assert_same_codes(actual, wanted, codec)
-    assert (actual[0] == 0x77).all(), "the null block was written"
-    assert (wanted[1:] != 0x77).any()
-    return codec, actual
+    case = make_case(name, dtype, policy, sequences, heads, head_dim, device, max(1, max_new))
+    case.both()
+    assert (case.actual[0] == 0x77).all(), "the null block was written"
+    assert (case.wanted[1:] != 0x77).any()
 
 
 @pytest.mark.parametrize("name", list(FORMATS))
@@ -127,15 +154,12 @@ def test_the_grid_does_not_limit_the_work(max_new, device):
 def test_tokens_of_the_null_block_are_passed_over(table, device):
     """Sources in the null block are NaN here, and targets would show in page 0."""
     sequences = [(96, 30, 0), (40, 1, 0)]
-    codec, wanted, actual, args = make_case(
-        "k8v4", torch.bfloat16, EVERYTHING, sequences, 1, 64, device
-    )
-    args[6 if table == "recent" else 7][:, 1] = 0
-    reference.archive_step(wanted, *args, max_new=30)
-    archive(actual, args, 30)
-    assert_same_codes(actual, wanted, codec)
-    assert (actual[0] == 0x77).all()
-    scales = codec.layout.scales(actual, codec.layout.k_scales)
+    case = make_case("k8v4", torch.bfloat16, EVERYTHING, sequences, 1, 64, device, 30)
+    rows = case.step.recent_table if table == "recent" else case.step.archive_table
+    rows[:, 1] = 0
+    case.both()
+    assert (case.actual[0] == 0x77).all()
+    scales = case.codec.layout.scales(case.actual, case.codec.layout.k_scales)
     assert scales.isfinite().all()
     skipped = 32 + 8 if table == "recent" else 48
     assert int((scales.view(torch.int16) != 0x7777).sum()) == 126 + 41 - skipped
@@ -145,39 +169,35 @@ def test_the_last_archived_token_may_be_the_new_one(device):
     """keep_recent 0: the token at length - 1 comes from K and V, not from a recent page."""
     policy = Policy(48, 0, 48)
     sequences = [(47, 1, 0), (95, 1, 48), (143, 1, 96), (48, 1, 0)]
-    codec, wanted, actual, args = make_case(
-        "k8v8", torch.bfloat16, policy, sequences, 1, 64, device
-    )
-    recent, recent_table = args[0], args[6]
+    case = make_case("k8v8", torch.bfloat16, policy, sequences, 1, 64, device)
     for i, (computed, _, _) in enumerate(sequences):
         # Where the new token will be stored: must not be read.
-        recent[recent_table[i, computed // RAW_BLOCK], :, computed % RAW_BLOCK] = float("nan")
-    reference.archive_step(wanted, *args)
-    archive(actual, args)
-    assert_same_codes(actual, wanted, codec)
-    scales = codec.layout.scales(actual, codec.layout.k_scales)[:, 0]
+        block = case.step.recent_table[i, computed // RAW_BLOCK]
+        case.recent[block, :, computed % RAW_BLOCK] = float("nan")
+    case.both()
+    scales = case.codec.layout.scales(case.actual, case.codec.layout.k_scales)[:, 0]
     assert int((scales.view(torch.int16) != 0x7777).sum()) == 48 + 48 + 48  # 48 tokens stay raw
     assert scales.isfinite().all()
 
 
 def test_a_step_in_which_nothing_leaves(device):
     sequences = [(0, 0, 0), (298, 1, 0), (302, 1, 192)]
-    _, _, actual, args = make_case("k8v4", torch.bfloat16, POLICY, sequences, 1, 64, device)
-    archive(actual, args)
-    assert (actual == 0x77).all()
+    case = make_case("k8v4", torch.bfloat16, POLICY, sequences, 1, 64, device)
+    case.archive()
+    assert (case.actual == 0x77).all()
 
 
 def archive_key(codec, key, device):
     """`key`, as K and V of a sequence's first tokens, archived by both."""
-    step = step_tensors([(0, len(key), 0)], device)
     table = torch.ones(1, 1, dtype=torch.int32, device=device)
-    recent = torch.zeros(1, 1, RAW_BLOCK, 128, device=device, dtype=key.dtype)
-    wanted, actual = empty_pages(2, 1, codec, device)
-    args = (recent, key, key, *step, table, table, EVERYTHING, codec)
-    reference.archive_step(wanted, *args)
-    archive(actual, args)
-    assert torch.equal(actual, wanted)
-    return actual
+    plan = make_plan(codec, RAW_BLOCK, EVERYTHING)
+    step = plan_step(plan, step_tensors([(0, len(key), 0)], device), table, table)
+    recent = torch.zeros(1, 1, RAW_BLOCK, 128, device=device).to(key.dtype)
+    pages = empty_pages(2, 1, codec, device)
+    case = Case(codec, step, StepTokens(key, key, key, key), recent, *pages)
+    case.both()
+    assert torch.equal(case.actual, case.wanted)
+    return case.actual
 
 
 @pytest.mark.parametrize("name", list(FORMATS))
@@ -200,10 +220,15 @@ def test_ties_round_to_even(device):
 
 
 def test_no_sequences(device):
-    _, _, actual, args = make_case("raw", torch.float16, POLICY, [(0, 1, 0)], 1, 64, device)
-    none = (args[3][:1], args[4][:0], args[5][:0], args[6][:0], args[7][:0])
-    archive(actual, (*args[:3], *none, *args[8:]))
-    assert (actual == 0x77).all()
+    case = make_case("raw", torch.float16, POLICY, [(0, 1, 0)], 1, 64, device)
+    step = case.step
+    none = {
+        name: getattr(step, name)[:0]
+        for name in ("lengths", "starts", "recent_table", "archive_table")
+    }
+    case.step = replace(step, query_start=step.query_start[:1], **none, _shared={})
+    case.archive()
+    assert (case.actual == 0x77).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -230,18 +255,20 @@ def test_the_largest_values_come_back_finite(name, dtype, device):
     signs = torch.randint(0, 2, (32, 1, 64), generator=torch.Generator().manual_seed(1)) * 2 - 1
     key = (signs * most).to(dtype).to(device)
     key[0] = most
-    step = step_tensors([(0, 32, 0)], device)
     table = torch.ones(1, 1, dtype=torch.int32, device=device)
+    plan = make_plan(codec, RAW_BLOCK, EVERYTHING)
     recent = torch.zeros(2, 1, RAW_BLOCK, 128, device=device, dtype=dtype)
-    wanted, actual = empty_pages(2, 1, codec, device)
-    args = (recent, key, key, *step, table, table, EVERYTHING, codec)
-    reference.archive_step(wanted, *args)
-    archive(actual, args)
-    step = (*step_tensors([(32, 0, 32)], device), table, table)
-    offsets = torch.zeros(1, dtype=torch.int32, device=device)
-    for pages, gather in ((wanted, reference.gather), (actual, expand.gather)):
+    pages = empty_pages(2, 1, codec, device)
+    step = plan_step(plan, step_tensors([(0, 32, 0)], device), table, table)
+    case = Case(codec, step, StepTokens(key, key, key, key), recent, *pages)
+    case.both()
+    step = plan_step(plan, step_tensors([(32, 0, 32)], device), table, table)
+    first = torch.zeros(2, dtype=torch.int32, device=device)
+    group = PrefillGroup(slice(0, 1), slice(0), 1, 32, True, first, first)
+    none = StepTokens(key[:0], key[:0], key[:0], key[:0])
+    for filled, op in ((case.wanted, expand_reference), (case.actual, expand)):
         for region in (codec.layout.k_scales, codec.layout.v_scales):
-            assert codec.layout.scales(pages, region)[1, 0, :32].isfinite().all()
+            assert codec.layout.scales(filled, region)[1, 0, :32].isfinite().all()
         k, v = torch.full((2, 32, 1, 64), float("nan"), device=device, dtype=dtype)
-        gather(pages, recent, key[:0], key[:0], *step, offsets, 32, k, v, codec)
+        op.expand(step, group, none, LayerCache(recent, filled, codec), k, v)
         assert k.isfinite().all() and v.isfinite().all()

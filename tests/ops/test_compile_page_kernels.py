@@ -1,13 +1,15 @@
-"""Starts, store, archive and gather compile for the GPUs we name; see compiling.py."""
+"""Starts, store, archive and expand compile for the GPUs we name; see compiling.py."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from compiling import CAPABILITIES, compile_in_subprocess
-from kernel_cases import make_codec, make_table, random_tokens, step_tensors
+from kernel_cases import make_codec, make_plan, make_table, plan_step, random_tokens, step_tensors
 
+from vllm_kvpca.ops.layer_cache import LayerCache
 from vllm_kvpca.pages.boundary import Policy
+from vllm_kvpca.pages.step_plan import PrefillGroup, StepTokens
 
 pytest.importorskip("triton")
 
@@ -35,8 +37,8 @@ def more_launches() -> None:
 def launch(shapes: Shapes) -> None:
     """Every kernel, with small tensors."""
     from vllm_kvpca.ops.archive.kernel import archive
-    from vllm_kvpca.ops.expand.kernel import gather
-    from vllm_kvpca.ops.starts.kernel import list_busy, starts
+    from vllm_kvpca.ops.expand.kernel import expand
+    from vllm_kvpca.ops.starts.kernel import locate
     from vllm_kvpca.ops.store.kernel import store
 
     heads, policy = 2, Policy(128, 64, 48)
@@ -45,16 +47,17 @@ def launch(shapes: Shapes) -> None:
         pages = torch.zeros(4, heads, codec.layout.head_bytes, dtype=torch.uint8)
         recent = torch.zeros(4, heads, 32, 2 * head_dim, dtype=dtype)
         key, value = random_tokens(8, heads, head_dim, dtype)
-        query_start, lengths, start = step_tensors([(5, 3, 0), (7, 5, 4)])
+        where = step_tensors([(5, 3, 0), (7, 5, 4)])
         tables = make_table([2, 1]), make_table([1, 2])
-        step = (query_start, lengths, start, *tables)
-        starts(query_start, lengths, tables[0], 32, policy, start)
-        busy = torch.zeros(len(lengths) + 1, dtype=torch.int32)
-        list_busy(start, lengths, policy, busy)
-        store(recent, key, value, torch.arange(8))
-        archive(pages, recent, key, value, *step, policy, codec, busy)
+        step = plan_step(make_plan(codec, 32, policy), where, *tables, torch.arange(8))
+        locate(*where[:2], tables[0], step.layer, step.starts, step.busy)
+        tokens, cache = StepTokens(key, key, value, key), LayerCache(recent, pages, codec)
+        store(step, tokens, cache)
+        archive(step, tokens, cache)
         out_k, out_v = torch.zeros(2, 20, heads, head_dim, dtype=dtype)
-        gather(pages, recent, key, value, *step, start, 12, out_k, out_v, codec)
+        start = step.starts
+        group = PrefillGroup(slice(0, 2), slice(0, 8), 5, 12, True, start, start)
+        expand(step, group, tokens, cache, out_k, out_v)
 
 
 @pytest.mark.parametrize(
@@ -68,6 +71,6 @@ def test_kernels_compile(function, capability):
         "_list_busy",
         "_store_kernel",
         "_archive_kernel",
-        "_gather_archive_kernel",
-        "_gather_raw_kernel",
+        "_expand_archive_kernel",
+        "_expand_raw_kernel",
     }

@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vllm_kvpca.ops import reference
+from vllm_kvpca.ops.archive.reference import archive_slots
+from vllm_kvpca.ops.attend import parts
+from vllm_kvpca.ops.attend.softmax import Softmax
 from vllm_kvpca.ops.layer_codec import LayerCodec
+from vllm_kvpca.ops.store.reference import store_slots
 from vllm_kvpca.preset import FORMATS, Preset
 
 HEAD_DIM = 64
@@ -35,7 +38,7 @@ def test_new_tokens_attend_causally(tokens, group, soft_cap):
     torch.manual_seed(0)
     query = torch.randn(2, 3, tokens * group, HEAD_DIM)
     key, value = torch.randn(2, 2, 3, tokens, HEAD_DIM)
-    part = reference.attend_new(query, key, value, group, 0.125, soft_cap)
+    part = parts.attend_new(query, key, value, group, Softmax(0.125, soft_cap))
     visible = torch.ones(tokens, tokens, dtype=torch.bool).tril().repeat_interleave(group, 0)
     for b in range(2):
         for h in range(3):
@@ -55,11 +58,11 @@ def test_recent_tokens_ignore_what_lies_outside(rows, skips):
     for i, n in enumerate(lengths.tolist()):
         position = torch.arange(n)
         slots = table[i, position // RAW_BLOCK] * RAW_BLOCK + position % RAW_BLOCK
-        reference.store(recent, key[i, :n], value[i, :n], slots)
+        store_slots(recent, key[i, :n], value[i, :n], slots)
         recent[table[i, 0], :, : skips[i]] = float("nan")
     query = torch.randn(3, 2, rows, HEAD_DIM)
     skips = torch.tensor(skips)
-    part = reference.attend_recent(query, recent, table, skips, lengths - skips, 0.125)
+    part = parts.attend_recent(query, recent, table, skips, lengths - skips, Softmax(0.125))
     for i, (skip, n) in enumerate(zip(skips.tolist(), lengths.tolist(), strict=True)):
         for h in range(2):
             seen = torch.ones(rows, n - skip).bool()
@@ -86,9 +89,9 @@ def test_archived_tokens_in_component_space(name, rows):
     for i, n in enumerate(lengths.tolist()):
         position = torch.arange(n)
         slots = table[i, position // block] * block + position % block
-        reference.archive(pages, key[i, :n], value[i, :n], slots, codec)
+        archive_slots(pages, key[i, :n], value[i, :n], slots, codec)
     query = torch.randn(4, 2, rows, HEAD_DIM)
-    part = reference.attend_archive(query, pages, table, lengths, codec, 0.125)
+    part = parts.attend_archive(query, pages, table, lengths, codec, Softmax(0.125))
     for i, n in enumerate(lengths.tolist()):
         for h in range(2):
             wanted = dense(
@@ -123,12 +126,12 @@ def test_tiles_of_a_long_archive_merge(monkeypatch):
     block = codec.layout.block_size
     pages = torch.zeros(8, 1, codec.layout.head_bytes, dtype=torch.uint8)
     key, value = torch.randn(2, 300, 1, HEAD_DIM).bfloat16()
-    reference.archive(pages, key, value, torch.arange(block, block + 300), codec)
+    archive_slots(pages, key, value, torch.arange(block, block + 300), codec)
     table = torch.arange(1, 8)[None]
     query = torch.randn(1, 1, 3, HEAD_DIM)
-    whole = reference.attend_archive(query, pages, table, torch.tensor([300]), codec, 0.125)
-    monkeypatch.setattr("vllm_kvpca.ops.reference.TILE_TOKENS", 2 * block)
-    tiled = reference.attend_archive(query, pages, table, torch.tensor([300]), codec, 0.125)
+    whole = parts.attend_archive(query, pages, table, torch.tensor([300]), codec, Softmax(0.125))
+    monkeypatch.setattr("vllm_kvpca.ops.attend.parts.TILE_TOKENS", 2 * block)
+    tiled = parts.attend_archive(query, pages, table, torch.tensor([300]), codec, Softmax(0.125))
     # float32 sums of 300 products in another order: a few units in the last place of 1.
     torch.testing.assert_close(tiled.out, whole.out, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(tiled.lse, whole.lse, rtol=1e-5, atol=1e-6)
@@ -140,6 +143,6 @@ def test_slot_minus_one_leaves_the_cache_untouched():
     recent = torch.full((2, 1, RAW_BLOCK, 2 * HEAD_DIM), 7.0, dtype=torch.bfloat16)
     key, value = torch.randn(2, 5, 1, HEAD_DIM).bfloat16()
     nowhere = torch.full((5,), -1)
-    reference.archive(pages, key, value, nowhere, codec)
-    reference.store(recent, key, value, nowhere)
+    archive_slots(pages, key, value, nowhere, codec)
+    store_slots(recent, key, value, nowhere)
     assert (pages == 7).all() and (recent == 7).all()

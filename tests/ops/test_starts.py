@@ -1,4 +1,4 @@
-"""The starts kernel against the planner's definition (serving.batch)."""
+"""Where archived parts end and which sequences archive: kernel and reference alike."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import random
 
 import pytest
 import torch
-from kernel_cases import busy_list, step_tensors
+from kernel_cases import busy_list, make_codec, make_plan, step_tensors
 
+from vllm_kvpca.ops.starts import reference
 from vllm_kvpca.pages.boundary import Policy
-from vllm_kvpca.serving.step.batch import starts as planned
 
 kernel = pytest.importorskip("vllm_kvpca.ops.starts.kernel", exc_type=ImportError)
 
@@ -26,16 +26,26 @@ def table_of(sequences, width, device):
 
 
 def check(sequences, policy, device):
-    """Sequences are (computed, new, leading null rows); returns the kernel's starts."""
+    """Sequences are (computed, new, leading null rows); returns their starts."""
     query_start, lengths, _ = step_tensors(sequences, device)
     width = max(1, -(-int(lengths.max()) // RAW_BLOCK), *(nulls for _, _, nulls in sequences))
     table = table_of(sequences, width, device)
-    out = torch.full((len(sequences) + 1,), -7, dtype=torch.int32, device=device)
-    kernel.starts(query_start, lengths, table, RAW_BLOCK, policy, out[:-1])
-    computed = (lengths - query_start.diff()).clamp_min(0)
-    assert out[:-1].tolist() == planned(table, computed, RAW_BLOCK, policy).tolist()
-    assert out[-1] == -7
-    return out[:-1].tolist()
+    found = []
+    for op in (reference, kernel):
+        out = torch.full((len(sequences) + 1,), -7, dtype=torch.int32, device=device)
+        busy = torch.full((len(sequences) + 2,), -7, dtype=torch.int32, device=device)
+        op.locate(query_start, lengths, table, plan_of(policy, device), out[:-1], busy)
+        assert out[-1] == -7
+        listed = busy_list(out[:-1], lengths, policy)
+        assert busy[: len(listed)].tolist() == listed.tolist()
+        assert (busy[len(listed) :] == -7).all(), "what lies behind stays"
+        found.append(out[:-1].tolist())
+    assert found[0] == found[1]
+    return found[1]
+
+
+def plan_of(policy, device):
+    return make_plan(make_codec("raw", 64, 1, torch.float16, device), RAW_BLOCK, policy)
 
 
 @pytest.mark.parametrize(
@@ -86,13 +96,10 @@ def test_random_batches_with_padding_rows(seed, policy, device):
 
 @pytest.mark.parametrize("count", [1, 12, 255, 256, 257, 600])
 def test_sequences_that_archive_are_listed(count, device):
-    """Some archived more than the boundary, and some rows are padding; what lies behind stays."""
-    torch.manual_seed(count)
-    lengths = torch.randint(0, 1000, (count,), dtype=torch.int32, device=device)
-    starts = torch.randint(0, 900, (count,), dtype=torch.int32, device=device)
-    lengths[::7] = 0
-    wanted = busy_list(starts, lengths, POLICY)
-    out = torch.full((count + 2,), -7, dtype=torch.int32, device=device)
-    kernel.list_busy(starts, lengths, POLICY, out)
-    assert out[: len(wanted)].tolist() == wanted.tolist()
-    assert (out[len(wanted) :] == -7).all()
+    """Some archived more than the boundary, and some rows are padding."""
+    rng = random.Random(count)
+    sequences = [
+        (0, 0, 0) if i % 7 == 0 else (rng.randrange(1000), 1, rng.randrange(28))
+        for i in range(count)
+    ]
+    check(sequences, POLICY, device)

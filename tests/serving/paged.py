@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from vllm_kvpca.ops.layer_codec import LayerCodec
 from vllm_kvpca.pages.boundary import Policy
+from vllm_kvpca.pages.layer_plan import LayerPlan
+from vllm_kvpca.preset import FORMATS, Preset
 
 HEAD_DIM, KV_HEADS, GROUP = 64, 2, 3
 RAW_BLOCK, ARCHIVE_BLOCK = 32, 48
@@ -40,9 +43,32 @@ class PagedSequence:
         return (scores.masked_fill(hidden, -1e300).softmax(-1) @ value).transpose(0, 1)
 
 
+def make_layer(
+    name: str, thresholds: tuple[int, int], dtype: torch.dtype
+) -> tuple[LayerPlan, LayerCodec]:
+    """Plan and codec of a layer that stores its cache in a calibration-free format."""
+    preset = Preset(name, FORMATS[name])
+    plan = LayerPlan(preset.streams(HEAD_DIM), dtype, RAW_BLOCK, ARCHIVE_BLOCK, *thresholds)
+    k, v = (preset.basis(which, 0, list(range(KV_HEADS)), HEAD_DIM) for which in "kv")
+    return plan, LayerCodec(plan.archive, k, v, dtype)
+
+
 def table(rows: list[list[int]]) -> torch.Tensor:
     width = max(1, *(len(row) for row in rows)) + 2
-    return torch.tensor([row + [0] * (width - len(row)) for row in rows])
+    return torch.tensor([row + [0] * (width - len(row)) for row in rows], dtype=torch.int32)
+
+
+def step_tables(
+    sequences: list[PagedSequence], counts: list[int]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """query_start, lengths and both block tables of a step, int32."""
+    lengths = [s.computed + n for s, n in zip(sequences, counts, strict=True)]
+    return (
+        torch.tensor([0, *counts]).cumsum(0).int(),
+        torch.tensor(lengths, dtype=torch.int32),
+        table([s.recent for s in sequences]),
+        table([s.archive for s in sequences]),
+    )
 
 
 def step_tokens(

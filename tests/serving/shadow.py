@@ -2,8 +2,8 @@
 
 `Engine` schedules sequences as vLLM does: chunked prefill, prefix hits, preemption, and
 steps that run on the worker only after later ones were scheduled. `Worker` plans each step
-with `plan_step` and moves, instead of K and V, the identity of each token: a number that
-stands for the token and all tokens before it. `ShadowMemory` refuses to read what is not
+with the ops' own reference and moves, instead of K and V, the identity of each token: a number
+that stands for the token and all tokens before it. `ShadowMemory` refuses to read what is not
 there any more and to write over what is still there.
 
 A model is a `Mix`: pairs of recent and archive groups, each with block sizes of its own, and
@@ -27,13 +27,16 @@ from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, SlidingW
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_kvpca.codec.bands import Band
+from vllm_kvpca.ops.archive.reference import moves_of
+from vllm_kvpca.ops.attend.buckets import Bucket, buckets
+from vllm_kvpca.ops.table import REFERENCE, make_step
 from vllm_kvpca.pages.block_sizes import PagePlan, peak_blocks
 from vllm_kvpca.pages.boundary import Policy
 from vllm_kvpca.pages.layer_plan import LayerPlan, Stream
+from vllm_kvpca.pages.step_plan import StepPlan
 from vllm_kvpca.serving.cache.pairs import ARCHIVE_SUFFIX
 from vllm_kvpca.serving.cache.specs import ArchiveSpec, RecentSpec
 from vllm_kvpca.serving.register import register
-from vllm_kvpca.serving.step.batch import Bucket, StepInput, plan_step
 
 HEAD_SIZE = 8
 MAX_MODEL_LEN = 4096
@@ -222,10 +225,10 @@ class ScheduledStep:
 class Worker:
     """Runs steps in order against the shadow memory."""
 
-    def __init__(self, memory: ShadowMemory, mix: Mix, policies: list[Policy]) -> None:
+    def __init__(self, memory: ShadowMemory, mix: Mix, plans: list[LayerPlan]) -> None:
         self.memory = memory
         self.mix = mix
-        self.policies = policies
+        self.plans = plans
         self.archived = 0
 
     def run(self, step: ScheduledStep) -> None:
@@ -240,17 +243,16 @@ class Worker:
             self._run_window(2 * len(self.mix.pairs) + number, window, step.parts)
 
     def _run_pair(self, pair: int, parts: list[Part], new: torch.Tensor) -> None:
-        """Store, archive and attend as serving.step does."""
-        work = plan_step(self._step_input(pair, parts))
+        """Store, archive and attend as the ops do."""
+        work = self._plan(pair, parts)
         recent, archive = 2 * pair, 2 * pair + 1
-        stored = work.store_slots >= 0
-        self.memory.write(recent, work.store_slots[stored], new[stored])
-        if work.archive is not None:
-            old = self.memory.read(recent, work.archive.recent_slots)
-            archived = torch.cat([old, new[work.archive.new_tokens]])
-            self.memory.write(archive, work.archive.slots, archived)
-            self.archived += len(archived)
-        self._attend(recent, archive, work.buckets, parts)
+        stored = work.slots >= 0
+        self.memory.write(recent, work.slots[stored], new[stored])
+        moves = moves_of(work)
+        old = self.memory.read(recent, moves.old)
+        self.memory.write(archive, moves.slots, torch.cat([old, new[moves.new]]))
+        self.archived += len(moves.slots)
+        self._attend(recent, archive, buckets(work), parts)
 
     def _run_window(self, group: int, window: int, parts: list[Part]) -> None:
         """Store all new tokens and attend to the last ones, as vLLM's own layers do."""
@@ -266,23 +268,21 @@ class Worker:
                 raise ShadowError(f"{part.sequence.request.request_id} sees other tokens")
             self.memory.write(group, slots[seen:], identity[part.computed : part.length])
 
-    def _step_input(self, pair: int, parts: list[Part]) -> StepInput:
-        plan = self.mix.pairs[pair]
-        return StepInput(
-            query_start=torch.tensor([0] + [p.new for p in parts]).cumsum(0),
-            lengths=torch.tensor([p.length for p in parts]),
-            recent_table=_table([p.tables[2 * pair] for p in parts]),
-            archive_table=_table([p.tables[2 * pair + 1] for p in parts]),
-            recent_block=plan.raw_block,
-            archive_block=plan.archive_block,
-            policy=self.policies[pair],
+    def _plan(self, pair: int, parts: list[Part]) -> StepPlan:
+        return make_step(
+            REFERENCE,
+            self.plans[pair],
+            torch.tensor([0] + [p.new for p in parts]).cumsum(0).int(),
+            torch.tensor([p.length for p in parts], dtype=torch.int32),
+            _table([p.tables[2 * pair] for p in parts]),
+            _table([p.tables[2 * pair + 1] for p in parts]),
         )
 
-    def _attend(self, recent: int, archive: int, buckets: list[Bucket], parts: list[Part]) -> None:
+    def _attend(self, recent: int, archive: int, groups: list[Bucket], parts: list[Part]) -> None:
         """Every sequence must see its own prefix, from the archive and the recent part."""
         first = torch.tensor([0] + [p.new for p in parts]).cumsum(0)
         seen = []
-        for bucket in buckets:
+        for bucket in groups:
             seen.append(bucket.tokens[bucket.valid])
             for row, token in enumerate(bucket.tokens[:, 0]):
                 part = parts[int((first == token).nonzero()[-1])]
@@ -315,7 +315,7 @@ class Worker:
 
 def _table(rows: list[list[int]]) -> torch.Tensor:
     width = max(1, *(len(row) for row in rows)) + 16  # wider than needed, as vLLM's are
-    return torch.tensor([row + [0] * (width - len(row)) for row in rows])
+    return torch.tensor([row + [0] * (width - len(row)) for row in rows], dtype=torch.int32)
 
 
 class Engine:
@@ -346,7 +346,8 @@ class Engine:
         self.recents = self.managers[: 2 * len(mix.pairs) : 2]
         self.archives = self.managers[1 : 2 * len(mix.pairs) : 2]
         self.pool = self.manager.block_pool
-        self.worker = Worker(ShadowMemory(blocks, mix.sizes), mix, self.policies)
+        plans = [recent.plan for recent, _ in specs]
+        self.worker = Worker(ShadowMemory(blocks, mix.sizes), mix, plans)
         self.lag = lag
         self.running: list[Sequence] = []
         self.waiting: deque[Sequence] = deque()

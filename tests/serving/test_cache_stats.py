@@ -9,17 +9,20 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import pytest
+import torch
 from prometheus_client import REGISTRY
 
 from vllm_kvpca.metrics import METRICS
+from vllm_kvpca.ops.layer_codec import LayerCodec
 from vllm_kvpca.pages.block_sizes import PagePlan
 from vllm_kvpca.pages.layout import raw_token_bytes
 from vllm_kvpca.serving.observe import stats as cache_stats
 from vllm_kvpca.serving.observe.stat_logger import KvpcaStatLogger
 from vllm_kvpca.serving.observe.stats import engine_status, take_stats
-from vllm_kvpca.serving.observe.times import ArchiveTimer, SampleFetcher
+from vllm_kvpca.serving.observe.times import ArchiveTimer, SampleFetcher, timer_of
+from vllm_kvpca.serving.step.archive_layer import ArchiveLayer
 
-from .shadow import HEAD_SIZE, Engine, Mix, Sequence, pool_for, random_traffic
+from .shadow import HEAD_SIZE, Engine, Mix, Sequence, make_specs, pool_for, random_traffic
 
 LONGEST = 776
 ONE_PAIR = Mix((PagePlan(32, 80),))
@@ -170,16 +173,45 @@ def test_two_api_servers_that_share_the_reports_count_everything_once(traffic: T
     assert figures["request_archived_tokens/sum"] == observed
 
 
-def test_archive_time_is_that_of_the_first_layer_times_the_layers():
+def test_archive_time_is_that_of_one_layer_times_the_layers():
     timer = ArchiveTimer(layers=30)
-    cpu, steps = SimpleNamespace(type="cpu"), [object(), object()]
-    for step in steps:
-        marks = [timer.start(step, cpu) for _ in range(3)]
-        assert [mark is not None for mark in marks] == [True, False, False]
-        timer.stop(marks[0] - 0.5)  # as if it had begun half a second ago
+    idle, busy = (SimpleNamespace(busy=torch.tensor([n, 0])) for n in (0, 1))
+    assert timer.start(idle) is None
+    for _ in range(2):
+        timer.stop(timer.start(busy) - 0.5)  # as if it had begun half a second ago
     first, second = timer.take()
     assert 15 <= first < 16 and 15 <= second < 16
     assert timer.take() == []
+
+
+def archive_layer(context) -> ArchiveLayer:
+    """A layer as attach_archive adds it to an engine's layers."""
+    _, spec = make_specs(PagePlan(32, 80), 256, 128)
+    codec = LayerCodec(spec.plan.archive, None, torch.eye(8)[None], torch.bfloat16)
+    layer = ArchiveLayer(spec, codec, 1, timer_of(context))
+    context[f"layer.{len(context)}"] = layer
+    return layer
+
+
+def test_each_engine_times_one_of_its_own_layers():
+    """A second engine in a process must not count the first one's layers."""
+    for _ in range(2):
+        context = {}
+        layers = [archive_layer(context) for _ in range(3)]
+        assert len({id(layer.timer) for layer in layers}) == 1
+        assert layers[0].timer.layers == 3
+        assert [layer.timed for layer in layers] == [True, False, False]
+
+
+def test_bases_are_buffers_that_no_checkpoint_has():
+    """What sleep level 2 keeps, and what a reload does not ask for."""
+    layer = archive_layer({})
+    held = dict(layer.named_buffers())
+    assert held["v_basis"] is layer.codec.v_basis
+    assert not layer.state_dict()
+    layer.settle(layer.spec.plan.scaled(2))
+    assert layer.codec.layout.block_size == 160
+    assert layer.codec.v_basis is held["v_basis"]
 
 
 def test_samples_are_fetched_without_waiting():

@@ -23,7 +23,7 @@ def test_a_plugin_kept_out_by_vllm_plugins_is_named(monkeypatch):
 
 def test_wrong_numbers_are_noticed(monkeypatch):
     """A codec that stored nothing would be off by far more than the tolerance."""
-    monkeypatch.setattr("vllm_kvpca.ops.reference.archive", lambda *args: None)
+    monkeypatch.setattr("vllm_kvpca.ops.archive.reference.archive_slots", lambda *args: None)
     finding = next(f for f in doctor.diagnose() if f.check == "archive and attend")
     assert not finding.ok
     assert "is off by" in finding.detail

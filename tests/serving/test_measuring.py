@@ -67,8 +67,10 @@ def test_a_worker_answers_whatever_happens(monkeypatch, lines):
     def fail():
         raise RuntimeError("no such event")
 
-    monkeypatch.setattr(times.timer, "take", fail)
-    assert times.take_samples(object()) == []
+    monkeypatch.setattr(times.ArchiveTimer, "take", lambda self: fail())
+    context = SimpleNamespace(static_forward_context={})
+    worker = SimpleNamespace(vllm_config=SimpleNamespace(compilation_config=context))
+    assert times.take_samples(worker) == []
     assert len(lines) == 1
 
 
@@ -80,7 +82,8 @@ def test_a_step_is_not_ended_by_its_clock(monkeypatch, lines):
 
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", fail)
     timer = times.ArchiveTimer(layers=2)
-    started = timer.start(object(), torch.device("cuda"))
+    busy = SimpleNamespace(device=torch.device("cuda"))
+    started = timer.start(SimpleNamespace(busy=busy))
     timer.stop(started)
     assert timer.take() == []
     assert len(lines) == 1

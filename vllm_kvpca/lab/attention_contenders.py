@@ -5,15 +5,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from vllm_kvpca.calibration.collect import AttentionShape
 from vllm_kvpca.lab.presets import random_preset
+from vllm_kvpca.ops.attend.softmax import Softmax
+from vllm_kvpca.ops.layer_cache import LayerCache
+from vllm_kvpca.ops.layer_codec import LayerCodec
 from vllm_kvpca.pages.block_sizes import plan_pages
-from vllm_kvpca.pages.boundary import Policy
+from vllm_kvpca.pages.layer_plan import LayerPlan
 from vllm_kvpca.pages.layout import raw_token_bytes
+from vllm_kvpca.pages.step_plan import StepTokens
 from vllm_kvpca.preset import Preset, load_preset
 from vllm_kvpca.preset.formats import CALIBRATED_FORMATS
 
@@ -173,73 +178,79 @@ def _turboquant(shape: Shape, name: str) -> tuple[Call, int, float]:
 def _ours(shape: Shape, name: str) -> tuple[Call, int, float]:
     """Our kernel as the engine calls it: page plan and policy of the default thresholds, or
     of none where all is to be archived (up to whole blocks)."""
-    from vllm_kvpca.ops.attend.decode import decode, make_workspace, plan_decode
-    from vllm_kvpca.ops.layer_codec import LayerCodec
+    from vllm_kvpca.ops.attend.decode import decode, list_chunks, make_chunks, make_workspace
+    from vllm_kvpca.ops.table import make_step, ops_for
 
-    preset = _preset(name.removesuffix(ALL_ARCHIVED), shape)
-    after, kept = (0, 0) if name.endswith(ALL_ARCHIVED) else (512, 256)
-    content = preset.layout(shape.head_dim).content_bytes
-    raw = raw_token_bytes(shape.head_dim)
-    plan = plan_pages(raw, content, compress_after=after, keep_recent=kept)
-    policy = Policy(after, kept, plan.align)
-    layout = preset.layout(shape.head_dim, plan.archive_block)
-    kv_heads = list(range(shape.kv_heads))
-    bases = {}
-    for which in "kv":
-        basis = preset.basis(which, 0, kv_heads, shape.head_dim)
-        bases[f"{which}_basis"] = None if basis is None else basis.cuda()
-    codec = LayerCodec(layout, dtype=torch.bfloat16, **bases)
+    device = torch.device("cuda")
+    plan, cache_codec = _layer(name, shape, device)
+    content = plan.archive.content_bytes
     sets = shape.sets(content)
-    archived, recent_tokens = policy.boundary(shape.context), shape.context
+    archived = plan.policy.boundary(shape.context)
     archive_tables, blocks = _tables(shape, sets, plan.archive_block, max(1, archived))
     # Raw rows below the boundary are null, as the cache manager leaves them.
     first = archived // plan.raw_block
-    tail = max(1, recent_tokens - first * plan.raw_block)
+    tail = max(1, shape.context - first * plan.raw_block)
     tails, tail_blocks = _tables(shape, sets, plan.raw_block, tail)
     recent_tables = torch.nn.functional.pad(tails, (first, 0))
+    head_bytes = plan.archive.head_bytes
     pages = torch.randint(
-        0, 256, (blocks, shape.kv_heads, layout.head_bytes), dtype=torch.uint8, device="cuda"
+        0, 256, (blocks, shape.kv_heads, head_bytes), dtype=torch.uint8, device=device
     )
-    for region in (layout.k_scales, layout.v_scales):
-        layout.scales(pages, region).fill_(0.01)
+    for region in (plan.archive.k_scales, plan.archive.v_scales):
+        plan.archive.scales(pages, region).fill_(0.01)
     size = (tail_blocks, shape.kv_heads, plan.raw_block, 2 * shape.head_dim)
-    recent = torch.randn(size, device="cuda", dtype=torch.bfloat16)
+    cache = LayerCache(torch.randn(size, device=device, dtype=plan.dtype), pages, cache_codec)
     query = _query(shape)
     key, value = torch.randn(
-        2, shape.batch, shape.kv_heads, shape.head_dim, device="cuda", dtype=torch.bfloat16
+        2, shape.batch, shape.kv_heads, shape.head_dim, device=device, dtype=plan.dtype
     )
-    out, lengths = torch.empty_like(query), _lengths(shape)
-    starts = torch.full_like(lengths, archived)
-    workspace = make_workspace(
-        shape.batch,
-        shape.heads,
-        shape.kv_heads,
-        shape.head_dim,
-        shape.context,
-        torch.device("cuda"),
-    )
-    # Once per step, not per layer, like FlashAttention's scheduler metadata.
-    plan_decode(starts, lengths, layout, plan.raw_block, workspace)
-
-    def call(index: int) -> None:
-        decode(
-            query,
-            key,
-            value,
-            recent,
-            pages,
+    tokens = StepTokens(query, key, value, torch.empty_like(query))
+    heads = (shape.heads, shape.kv_heads, shape.head_dim)
+    workspace = make_workspace(shape.batch, *heads, shape.context, device)
+    chunks = make_chunks(workspace, shape.batch)
+    query_start = torch.arange(shape.batch + 1, dtype=torch.int32, device=device)
+    steps = [
+        make_step(
+            ops_for(device),
+            plan,
+            query_start,
+            _lengths(shape),
             recent_tables[index],
             archive_tables[index],
-            lengths,
-            codec,
-            shape.head_dim**-0.5,
-            None,
-            out,
-            workspace,
+            decodes=shape.batch,
+            chunks=chunks,
         )
+        for index in range(sets)
+    ]
+    # Once per step, not per layer, like FlashAttention's scheduler metadata. All sets are alike.
+    for step in steps:
+        step.once("decode chunks", partial(list_chunks, step, workspace))
+    softmax = Softmax(shape.head_dim**-0.5)
 
-    tokens = archived * content + (shape.context - archived) * raw
-    return call, sets, tokens / shape.context
+    def call(index: int) -> None:
+        decode(steps[index], tokens, cache, softmax, workspace)
+
+    mean = archived * content + (shape.context - archived) * plan.raw_token_bytes
+    return call, sets, mean / shape.context
+
+
+def _layer(name: str, shape: Shape, device: torch.device) -> tuple[LayerPlan, LayerCodec]:
+    """Plan and codec of a layer that stores its cache by this preset."""
+    preset = _preset(name.removesuffix(ALL_ARCHIVED), shape)
+    after, kept = (0, 0) if name.endswith(ALL_ARCHIVED) else (512, 256)
+    blocks = plan_pages(
+        raw_token_bytes(shape.head_dim),
+        preset.layout(shape.head_dim).content_bytes,
+        compress_after=after,
+        keep_recent=kept,
+    )
+    streams, dtype = preset.streams(shape.head_dim), torch.bfloat16
+    plan = LayerPlan(streams, dtype, blocks.raw_block, blocks.archive_block, after, kept)
+    bases = {}
+    for which in "kv":
+        basis = preset.basis(which, 0, list(range(shape.kv_heads)), shape.head_dim)
+        bases[f"{which}_basis"] = None if basis is None else basis.to(device)
+    return plan, LayerCodec(plan.archive, dtype=dtype, **bases)
 
 
 def _preset(name: str, shape: Shape) -> Preset:

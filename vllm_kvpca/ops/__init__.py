@@ -1,9 +1,7 @@
-"""What runs on tokens: store, archive, gather, attend.
+"""What runs on tokens: locate, store, archive, expand, attend.
 
-`reference` is all of it in torch. store, archive, gather (and decode) are Triton kernels with
-the same signatures, one family a file; they are imported by name, where Triton is installed.
-Functions are not re-exported here: `ops.store` would be a function or, once somebody has
-imported it, the module.
+One folder a family: `reference` is plain torch, `kernel` is Triton with the same signature.
+`table` has both as one table.
 """
 
 from vllm_kvpca.ops.attend.softmax import Partial, merge

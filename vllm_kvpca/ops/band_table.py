@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import triton
@@ -29,8 +30,10 @@ def band_table(bands: Sequence[Band]) -> tuple[BandRow, ...]:
     return tuple(rows)
 
 
+@lru_cache(64)
 def layout_constants(layout: ArchiveLayout) -> dict[str, object]:
-    """Keyword arguments (all tl.constexpr) of a kernel that touches archive pages."""
+    """Keyword arguments (all tl.constexpr) of a kernel that touches archive pages; kept, because
+    every layer asks in every step."""
     return {
         "K_CODES": (*_region(layout.k_codes), 1),
         "K_SCALES": _region(layout.k_scales),

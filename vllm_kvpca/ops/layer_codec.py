@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -33,6 +34,17 @@ class LayerCodec:
     def __post_init__(self) -> None:
         k_encoder = None if self.k_basis is None else encoder(self.k_basis)
         object.__setattr__(self, "k_encoder", k_encoder)
+
+    def with_layout(self, layout: ArchiveLayout) -> LayerCodec:
+        """The same codec, the same matrices in memory, for pages of another size."""
+        codec = copy.copy(self)
+        object.__setattr__(codec, "layout", layout)
+        return codec
+
+    def matrices(self) -> dict[str, torch.Tensor]:
+        """What of the codec takes memory on the device, by name."""
+        found = {"k_basis": self.k_basis, "v_basis": self.v_basis, "k_encoder": self.k_encoder}
+        return {name: matrix for name, matrix in found.items() if matrix is not None}
 
     def encode(self, x: torch.Tensor, which: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes and scales of head vectors.

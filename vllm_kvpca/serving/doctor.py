@@ -131,37 +131,38 @@ def _round_trip_error(name: str) -> float:
     import torch
 
     from vllm_kvpca.ops import LayerCodec
-    from vllm_kvpca.pages.boundary import Policy
+    from vllm_kvpca.ops.attend.softmax import Softmax
+    from vllm_kvpca.ops.layer_cache import LayerCache
+    from vllm_kvpca.ops.table import REFERENCE, make_step
+    from vllm_kvpca.pages.layer_plan import LayerPlan
+    from vllm_kvpca.pages.step_plan import StepTokens
     from vllm_kvpca.preset import load_preset
-    from vllm_kvpca.serving.step.batch import StepInput, plan_step
-    from vllm_kvpca.serving.step.run import StepTokens, run_step
+    from vllm_kvpca.serving.step.run import run_step
 
     heads, dim, block, length = 2, 64, 32, 200
     generator = torch.Generator().manual_seed(0)
     query, key, value = torch.randn(3, length, heads, dim, generator=generator).bfloat16()
     preset = load_preset(name)
     k_basis, v_basis = (preset.basis(which, 0, [0, 1], dim) for which in "kv")
-    codec = LayerCodec(preset.layout(dim, block), k_basis, v_basis, torch.bfloat16)
-    recent = torch.zeros(10, heads, block, 2 * dim, dtype=torch.bfloat16)
-    pages = torch.zeros(10, heads, codec.layout.head_bytes, dtype=torch.uint8)
+    plan = LayerPlan(preset.streams(dim), torch.bfloat16, block, block, 0, 0)
+    cache = LayerCache(
+        recent=torch.zeros(10, heads, block, 2 * dim, dtype=torch.bfloat16),
+        pages=torch.zeros(10, heads, plan.archive.head_bytes, dtype=torch.uint8),
+        codec=LayerCodec(plan.archive, k_basis, v_basis, torch.bfloat16),
+    )
     output = torch.zeros(length, heads, dim)
-    archive_table = torch.arange(1, 8)[None]
-    policy = Policy(0, 0, align=block)
     for first, last in ((0, length - 1), (length - 1, length)):
-        step = plan_step(
-            StepInput(
-                query_start=torch.tensor([0, last - first]),
-                lengths=torch.tensor([last]),
-                recent_table=torch.tensor([[0] * 6 + [8]]),
-                archive_table=archive_table,
-                recent_block=block,
-                archive_block=block,
-                policy=policy,
-            )
-        )
         new = slice(first, last)
+        step = make_step(
+            REFERENCE,
+            plan,
+            query_start=torch.tensor([0, last - first], dtype=torch.int32),
+            lengths=torch.tensor([last], dtype=torch.int32),
+            recent_table=torch.tensor([[0] * 6 + [8]], dtype=torch.int32),
+            archive_table=torch.arange(1, 8, dtype=torch.int32)[None],
+        )
         tokens = StepTokens(query[new], key[new], value[new], output[new])
-        run_step(step, tokens, recent, pages, codec, dim**-0.5)
+        run_step(step, tokens, cache, Softmax(dim**-0.5), REFERENCE)
     scores = torch.einsum("hd,thd->ht", query[-1].double(), key.double()) * dim**-0.5
     wanted = torch.einsum("ht,thd->hd", scores.softmax(-1), value.double())
     return float((output[-1].double() - wanted).norm() / wanted.norm())

@@ -1,7 +1,7 @@
 """Archive: encode tokens that leave the window, and write them into archive pages.
 
 One entry point for every step: programs find their sequences in a list on the device
-(starts.list_busy), from a grid that does not depend on it, so a launch of a decode step can be
+(StepPlan.busy), from a grid that does not depend on it, so a launch of a decode step can be
 part of a CUDA graph. In most decode steps the list is short or empty.
 """
 # Triton reads annotations of kernel parameters, so only tl.constexpr is annotated.
@@ -9,7 +9,6 @@ part of a CUDA graph. In most decode steps the list is short or empty.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 
@@ -17,9 +16,10 @@ from vllm_kvpca.codec.bands import MAX_SCALE_BITS
 from vllm_kvpca.codec.basis import ROTATED_RANGE
 from vllm_kvpca.ops.band_table import check_last_dim, checked_basis, code_rows, layout_constants
 from vllm_kvpca.ops.dependent_launch import follow_previous, launch_options, overlaps
-from vllm_kvpca.ops.layer_codec import LayerCodec
+from vllm_kvpca.ops.layer_cache import LayerCache
 from vllm_kvpca.ops.starts.kernel import boundary
 from vllm_kvpca.pages.boundary import Policy
+from vllm_kvpca.pages.step_plan import StepPlan, StepTokens
 
 TILE_TOKENS = 16
 """The fewest that a matrix instruction takes: what waits in a decode step is one tile's latency."""
@@ -33,44 +33,18 @@ SLOTS = 8
 """Sequences that are archived at a time; programs loop if more are listed."""
 
 
-def archive(
-    pages: torch.Tensor,
-    recent: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    query_start: torch.Tensor,
-    lengths: torch.Tensor,
-    starts: torch.Tensor,
-    recent_table: torch.Tensor,
-    archive_table: torch.Tensor,
-    policy: Policy,
-    codec: LayerCodec,
-    busy: torch.Tensor,
-    max_new: int = 1,
-) -> None:
-    """Archive what leaves the window in a step; the reference is `reference.archive_step`.
+def archive(step: StepPlan, tokens: StepTokens, cache: LayerCache) -> None:
+    """Archive what leaves the window in a step; see `reference.archive`.
 
-    Sequence i has new_i = query_start[i + 1] - query_start[i] new tokens after computed_i =
-    lengths[i] - new_i others. It archives [starts[i], policy.boundary(lengths[i])): positions
-    below computed_i from recent pages, the others from key and value.
-
-    Args:
-        pages: (blocks, kv_heads, head_bytes) uint8.
-        recent: (blocks, kv_heads, raw_block, 2 * head_dim) in the model's dtype.
-        key, value: (tokens, kv_heads, head_dim), the step's new tokens.
-        query_start: (batch + 1,) int32 first new token of each sequence.
-        lengths: (batch,) int32 computed plus new tokens; 0 in padding rows.
-        starts: (batch,) int32 tokens that are archived already.
-        recent_table, archive_table: (batch, width) int32 block ids by position in the
-            sequence; tokens from or to the null block 0 are passed over.
-        busy: the sequences that archive something, from starts.list_busy.
-        max_new: about the most new tokens of one sequence. It sizes the grid only.
+    The step's longest sequence sizes the grid, nothing else.
     """
+    pages, recent, codec = cache.pages, cache.recent, cache.codec
+    key, value, policy = tokens.key, tokens.value, step.layer.policy
     check_last_dim(pages=pages, recent=recent, key=key, value=value)
-    check_last_dim(recent_table=recent_table, archive_table=archive_table)
-    if not len(lengths):
+    check_last_dim(recent_table=step.recent_table, archive_table=step.archive_table)
+    if not len(step.lengths):
         return
-    grid = (_tiles(max_new, policy), 2 * key.shape[1], min(SLOTS, len(lengths)))
+    grid = (_tiles(step.max_new, policy), 2 * key.shape[1], min(SLOTS, len(step.lengths)))
     head_dim = key.shape[2]
     _archive_kernel[grid](
         pages,
@@ -85,18 +59,18 @@ def archive(
             *key.stride()[:2],
             *value.stride()[:2],
         ),
-        query_start,
-        lengths,
-        starts,
-        busy,
-        recent_table,
-        archive_table,
-        recent_table.stride(0),
-        archive_table.stride(0),
+        step.query_start,
+        step.lengths,
+        step.starts,
+        step.busy,
+        step.recent_table,
+        step.archive_table,
+        step.recent_table.stride(0),
+        step.archive_table.stride(0),
         COMPRESS_AFTER=policy.compress_after,
         KEEP_RECENT=policy.keep_recent,
         ALIGN=policy.align,
-        RAW_BLOCK=recent.shape[2],
+        RAW_BLOCK=step.layer.raw_block,
         HEAD_DIM=head_dim,
         CHUNK=32 if head_dim % 32 == 0 else 16,
         TILE=TILE_TOKENS,

@@ -1,6 +1,6 @@
 """Decode attention on a GPU: one new token per sequence over archive, recent and itself.
 
-Once per step, plan_decode lists chunks of the two caches (decode_chunks). Then, in every
+Once per step, list_chunks lists chunks of the two caches (decode_chunks). Then, in every
 layer, split-KV programs attend to a chunk each (decode_split), and one kernel merges a
 sequence's chunks, rotates V's components back to head space, once per query head, and adds
 the new token (decode_merge). With a basis for K, queries are rotated before (decode_rotate).
@@ -20,24 +20,36 @@ from vllm_kvpca.ops.attend.chunks import CHUNK_FIELDS, LISTED, SPAN_FIELDS, chun
 from vllm_kvpca.ops.attend.merge import merge_kernel
 from vllm_kvpca.ops.attend.pieces import (
     COST_BYTES,
+    ChunkLists,
     DecodeWorkspace,
     Part,
     Tuning,
     archive_part,
     check_tiles,
     dropped_columns,
+    make_chunks,
     make_workspace,
     recent_part,
     row_count,
 )
 from vllm_kvpca.ops.attend.products import triton_dtype
 from vllm_kvpca.ops.attend.rotate import rotate_kernel
+from vllm_kvpca.ops.attend.softmax import Softmax
 from vllm_kvpca.ops.attend.split import split_kernel
 from vllm_kvpca.ops.dependent_launch import interpreted, launch_options, overlaps
-from vllm_kvpca.ops.layer_codec import LayerCodec
-from vllm_kvpca.pages.layout import ArchiveLayout, raw_token_bytes
+from vllm_kvpca.ops.layer_cache import LayerCache
+from vllm_kvpca.pages.layout import ArchiveLayout
+from vllm_kvpca.pages.step_plan import StepPlan, StepTokens
 
-__all__ = ["DecodeWorkspace", "Tuning", "decode", "make_workspace", "plan_decode"]
+__all__ = [
+    "ChunkLists",
+    "DecodeWorkspace",
+    "Tuning",
+    "decode",
+    "list_chunks",
+    "make_chunks",
+    "make_workspace",
+]
 
 LOG2E = 1.4426950408889634
 LEAST_TOKENS = 64
@@ -48,78 +60,40 @@ ROTATED_COLUMNS = 32
 """Components that a program of the rotation makes."""
 
 
-def plan_decode(
-    starts: torch.Tensor,
-    lengths: torch.Tensor,
-    layout: ArchiveLayout,
-    raw_block: int,
-    workspace: DecodeWorkspace,
-) -> None:
-    """List the chunks of a step in the workspace, for all layers that share it.
-
-    Args:
-        starts, lengths: see `decode`.
-    """
-    if not len(lengths):
-        return
-    tuning, capacity = workspace.tuning, len(workspace.chunks)
-    archive, raw = archive_part(layout), recent_part(layout.head_dim, raw_block)
-    chunks_kernel[(triton.cdiv(capacity, LISTED),)](
-        *(starts, lengths, workspace.chunks, workspace.spans),
-        *(len(lengths), capacity, workspace.target),
-        LEAST_TOKENS * raw_token_bytes(layout.head_dim) // COST_BYTES,
-        A_COST=archive.cost,
-        A_TILE=tuning.archive_tile,
-        R_COST=raw.cost,
-        R_TILE=tuning.recent_tile,
-        BATCH=triton.next_power_of_2(len(workspace.spans)),
-        LISTED=LISTED,
-        CHUNK_FIELDS=CHUNK_FIELDS,
-        SPAN_FIELDS=SPAN_FIELDS,
-    )
-
-
 def decode(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    recent: torch.Tensor,
-    pages: torch.Tensor,
-    recent_table: torch.Tensor,
-    archive_table: torch.Tensor,
-    lengths: torch.Tensor,
-    codec: LayerCodec,
-    scale: float,
-    soft_cap: float | None,
-    out: torch.Tensor,
+    step: StepPlan,
+    tokens: StepTokens,
+    cache: LayerCache,
+    softmax: Softmax,
     workspace: DecodeWorkspace,
 ) -> None:
-    """Attention of one new token per sequence, written into `out`, after `plan_decode` with
-    starts (batch,) int32: tokens [0, start) are archived, [start, length - 1) recent.
+    """Attention of the step's decoding sequences, one new token each, into `tokens.output`.
+
+    Tokens [0, start) are read from the archive, [start, length - 1) from recent pages, and the
+    new one from `tokens`, whether the cache has it already or not. Of padding (length 0) nothing
+    is read, and its output is 0.
 
     Args:
-        query, out: (batch, heads, head_dim) in the model's dtype, last dimension contiguous.
-        key, value: (batch, kv_heads, head_dim), the new tokens' own; they are attended to
-            from here, whether the cache has them already or not.
-        recent: (blocks, kv_heads, raw_block, 2 * head_dim); a head's part contiguous.
-        pages: (blocks, kv_heads, head_bytes) uint8; a head's part contiguous.
-        recent_table, archive_table: (batch, width) int32 block ids.
-        lengths: (batch,) int32, tokens with the new one; 0 for a row of padding, of which
-            nothing is read and whose output is 0.
-        scale: factor on the scores. soft_cap: see ops.attend.softmax.partial_attention.
-        workspace: from make_workspace, for at least this batch.
+        workspace: from make_workspace, for at least so many sequences.
     """
-    batch, heads, head_dim = query.shape
-    kv_heads = key.shape[1]
-    group, tuning = heads // kv_heads, workspace.tuning
+    batch = step.decodes
     if not batch:
         return
+    step.once("decode chunks", lambda: list_chunks(step, workspace))
+    query, key, value, out = (
+        x[:batch] for x in (tokens.query, tokens.key, tokens.value, tokens.output)
+    )
+    recent, pages, codec = cache.recent, cache.pages, cache.codec
+    heads, head_dim = query.shape[1:]
+    kv_heads = key.shape[1]
+    group, tuning = heads // kv_heads, workspace.tuning
     if codec.k_basis is None:
         rotated = query.unflatten(1, (kv_heads, group))
     else:
         rotated = _rotate(query, codec.k_basis, workspace)
+    scale, soft_cap = softmax
     split, merge = _launches(
-        codec.layout, head_dim, recent.shape[2], group, batch, kv_heads,
+        codec.layout, head_dim, step.layer.raw_block, group, batch, kv_heads,
         codec.v_basis is not None, query.dtype, bool(soft_cap), tuning, overlaps(),
     )  # fmt: skip
     common = (
@@ -127,8 +101,9 @@ def decode(
         *(scale if soft_cap else scale * LOG2E, float(soft_cap or 0.0)),
     )
     recent_bytes = recent.view(torch.uint8)
+    recent_table, archive_table = step.recent_table, step.archive_table
     split_kernel[(kv_heads, workspace.target + 2 * batch)](
-        *(query, rotated, recent_bytes, pages, recent_table, archive_table, workspace.chunks),
+        *(query, rotated, recent_bytes, pages, recent_table, archive_table, step.chunks.chunks),
         *common,
         *(query.stride(0), query.stride(1)),
         *rotated.stride()[:3],
@@ -138,13 +113,33 @@ def decode(
         **split.options,
     )
     merge_kernel[(batch, kv_heads, -(-group // merge.constants["MERGED"]))](
-        *(query, key, value, out, codec.v_basis, lengths, workspace.spans, kv_heads),
+        *(query, key, value, out, codec.v_basis, step.lengths, step.chunks.spans, kv_heads),
         *common,
         *(query.stride(0), query.stride(1), key.stride(0), key.stride(1)),
         *(value.stride(0), value.stride(1), out.stride(0), out.stride(1)),
         *((0, 0, 0) if codec.v_basis is None else codec.v_basis.stride()),
         **merge.constants,
         **merge.options,
+    )
+
+
+def list_chunks(step: StepPlan, workspace: DecodeWorkspace) -> None:
+    """List in `step.chunks` which program attends to what, for all layers of the step."""
+    layer, lists = step.layer, step.chunks
+    tuning, capacity = workspace.tuning, len(lists.chunks)
+    archive, raw = archive_part(layer.archive), recent_part(layer.head_dim, layer.raw_block)
+    chunks_kernel[(triton.cdiv(capacity, LISTED),)](
+        *(step.starts, step.lengths, lists.chunks, lists.spans),
+        *(step.decodes, capacity, workspace.target),
+        LEAST_TOKENS * layer.raw_token_bytes // COST_BYTES,
+        A_COST=archive.cost,
+        A_TILE=tuning.archive_tile,
+        R_COST=raw.cost,
+        R_TILE=tuning.recent_tile,
+        BATCH=triton.next_power_of_2(len(lists.spans)),
+        LISTED=LISTED,
+        CHUNK_FIELDS=CHUNK_FIELDS,
+        SPAN_FIELDS=SPAN_FIELDS,
     )
 
 

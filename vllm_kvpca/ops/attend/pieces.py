@@ -60,7 +60,6 @@ class DecodeWorkspace:
         sums: (chunks, kv_heads, rows, head_dim) float32, unnormalized sums of one chunk.
         maxima, weights: (chunks, kv_heads, rows) float32, the largest score (base-2 units)
             and the sum of 2^(score - largest).
-        chunks, spans: (capacity, 8) and (max_batch, 4) int32, see decode_chunks.
         rotated: (kv_heads, max_batch * group, head_dim) float32, queries in K's component space.
         target: chunks per KV head to aim at; a batch has at most target + 2 * batch.
         tuning: how the kernels are launched.
@@ -69,16 +68,33 @@ class DecodeWorkspace:
     sums: torch.Tensor
     maxima: torch.Tensor
     weights: torch.Tensor
-    chunks: torch.Tensor
-    spans: torch.Tensor
     rotated: torch.Tensor
     target: int
     tuning: Tuning
 
-    @property
-    def bytes(self) -> int:
-        tensors = (self.sums, self.maxima, self.weights, self.chunks, self.spans, self.rotated)
-        return sum(x.numel() * x.element_size() for x in tensors)
+
+@dataclass(frozen=True)
+class ChunkLists:
+    """Which program of a decode step attends to what, see ops.attend.chunks.
+
+    The layers of one cache group share them: groups that differ in what is archived list different
+    chunks, and may run in turns.
+
+    Attributes:
+        chunks, spans: (capacity, 8) and (max_batch, 4) int32.
+    """
+
+    chunks: torch.Tensor
+    spans: torch.Tensor
+
+
+def make_chunks(workspace: DecodeWorkspace, max_batch: int) -> ChunkLists:
+    """Lists for batches of up to `max_batch` sequences that decode with this workspace."""
+    rows, device = len(workspace.sums), workspace.sums.device
+    return ChunkLists(
+        torch.empty(rows, CHUNK_FIELDS, dtype=torch.int32, device=device),
+        torch.empty(max_batch, SPAN_FIELDS, dtype=torch.int32, device=device),
+    )
 
 
 def make_workspace(
@@ -101,15 +117,13 @@ def make_workspace(
     target = max(1, min(slots // kv_heads, tiles))
     chunks, rows = target + 2 * max_batch, row_count(heads // kv_heads)
 
-    def buffer(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device=device)
+    def buffer(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=device)
 
     return DecodeWorkspace(
         sums=buffer(chunks, kv_heads, rows, head_dim),
         maxima=buffer(chunks, kv_heads, rows),
         weights=buffer(chunks, kv_heads, rows),
-        chunks=buffer(chunks, CHUNK_FIELDS, dtype=torch.int32),
-        spans=buffer(max_batch, SPAN_FIELDS, dtype=torch.int32),
         rotated=buffer(kv_heads, max_batch * (heads // kv_heads), head_dim),
         target=target,
         tuning=tuning,

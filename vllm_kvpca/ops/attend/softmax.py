@@ -13,6 +13,18 @@ MASKED = -1e30
 """Score of a masked key. Finite, so that a row without any key gets weight 0 and not NaN."""
 
 
+class Softmax(NamedTuple):
+    """How scores become weights.
+
+    Attributes:
+        scale: factor on the scores.
+        soft_cap: scores become soft_cap * tanh(score / soft_cap), as Gemma 2 wants; None: do not.
+    """
+
+    scale: float
+    soft_cap: float | None = None
+
+
 class Partial(NamedTuple):
     """Result of attention over some of the keys.
 

@@ -1,4 +1,4 @@
-"""Gather: expand whole sequences, in head space, into a workspace for prefill attention.
+"""Expand whole sequences, in head space, into a workspace for prefill attention.
 
 One kernel expands what is archived, one copies what is raw: recent and new tokens.
 """
@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 
 from vllm_kvpca.ops.band_table import check_last_dim, checked_basis, code_rows, layout_constants
-from vllm_kvpca.ops.layer_codec import LayerCodec
+from vllm_kvpca.ops.layer_cache import LayerCache
 from vllm_kvpca.ops.narrow import narrow
+from vllm_kvpca.pages.step_plan import PrefillGroup, StepPlan, StepTokens
 
 ARCHIVE_TILE = 64
 """Archived tokens of one program: they share one pass over the basis, which stays in L2."""
@@ -22,49 +23,29 @@ BASIS_CELLS = 4096
 """Cells of the basis in one product: 16 KiB, a few of which fit into shared memory."""
 
 
-def gather(
-    pages: torch.Tensor,
-    recent: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    query_start: torch.Tensor,
-    lengths: torch.Tensor,
-    starts: torch.Tensor,
-    recent_table: torch.Tensor,
-    archive_table: torch.Tensor,
-    offsets: torch.Tensor,
-    max_length: int,
+def expand(
+    step: StepPlan,
+    group: PrefillGroup,
+    tokens: StepTokens,
+    cache: LayerCache,
     out_k: torch.Tensor,
     out_v: torch.Tensor,
-    codec: LayerCodec,
 ) -> None:
-    """K and V of whole sequences, one after another; the reference is `reference.gather`.
-
-    Sequence i fills rows [offsets[i], offsets[i] + lengths[i]): positions [0, starts[i]) from
-    the archive, then recent tokens up to computed_i = lengths[i] - its new tokens, then those.
-
-    Args:
-        pages: (blocks, kv_heads, head_bytes) uint8.
-        recent: (blocks, kv_heads, raw_block, 2 * head_dim) in the model's dtype.
-        key, value: (tokens, kv_heads, head_dim), new tokens of the whole step.
-        query_start: (batch + 1,) int32 first new token of each sequence, a row of key.
-        lengths: (batch,) int32 computed plus new tokens.
-        starts: (batch,) int32 archived tokens; never more than are computed.
-        recent_table, archive_table: (batch, width) int32 block ids by position in the
-            sequence.
-        offsets: (batch,) or more int32.
-        max_length: no sequence is longer.
-        out_k, out_v: (rows, kv_heads, head_dim) in the model's dtype; other rows are left
-            as they are.
-    """
+    """K and V of whole sequences, one after another; see `reference.expand`."""
+    pages, recent, codec = cache.pages, cache.recent, cache.codec
+    key, value, members = tokens.key, tokens.value, group.sequences
+    query_start = step.query_start[members.start : members.stop + 1]
+    lengths, starts = step.lengths[members], step.starts[members]
+    recent_table, archive_table = step.recent_table[members], step.archive_table[members]
     check_last_dim(pages=pages, recent=recent, key=key, value=value, out_k=out_k, out_v=out_v)
     check_last_dim(recent_table=recent_table, archive_table=archive_table)
-    if not (len(lengths) and max_length):
+    if not (len(lengths) and group.max_length):
         return
     heads, head_dim = key.shape[1:]
+    offsets, max_length = group.key_start, group.max_length
     width = triton.next_power_of_2(head_dim)
     out = (out_k, out_v, (*out_k.stride()[:2], *out_v.stride()[:2]))
-    _gather_archive_kernel[(triton.cdiv(max_length, ARCHIVE_TILE), 2 * heads, len(lengths))](
+    _expand_archive_kernel[(triton.cdiv(max_length, ARCHIVE_TILE), 2 * heads, len(lengths))](
         pages,
         checked_basis(codec.k_basis),
         checked_basis(codec.v_basis),
@@ -82,7 +63,7 @@ def gather(
         num_stages=2,
         **layout_constants(codec.layout),
     )
-    _gather_raw_kernel[(triton.cdiv(max_length, RAW_TILE), heads, len(lengths))](
+    _expand_raw_kernel[(triton.cdiv(max_length, RAW_TILE), heads, len(lengths))](
         recent,
         key,
         value,
@@ -94,7 +75,7 @@ def gather(
         *out,
         (*recent.stride()[:3], *key.stride()[:2], *value.stride()[:2]),
         recent_table.stride(0),
-        RAW_BLOCK=recent.shape[2],
+        RAW_BLOCK=step.layer.raw_block,
         HEAD_DIM=head_dim,
         WIDTH=width,
         TILE=RAW_TILE,
@@ -104,7 +85,7 @@ def gather(
 # Slices of a batch's tensors start anywhere, and tables have any width: specializing on that
 # would compile anew.
 @triton.jit(do_not_specialize=["starts", "table", "offsets", "table_stride"])
-def _gather_archive_kernel(
+def _expand_archive_kernel(
     pages,
     k_basis,
     v_basis,
@@ -314,7 +295,7 @@ def _basis_chunk(columns, j, exists, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr
 @triton.jit(
     do_not_specialize=["query_start", "lengths", "starts", "table", "offsets", "table_stride"]
 )
-def _gather_raw_kernel(
+def _expand_raw_kernel(
     recent,
     key,
     value,

@@ -1,12 +1,7 @@
-"""What a step needs to know of its sequences, found on the device: where the raw part of each
-starts, and which of them archive something (`list_busy`).
+"""Where each sequence's archived part ends, found on the device, and which sequences archive.
 
-    start = min(n, max(boundary(n), leading null rows * raw_block rounded up to `align`))
-
-with n computed tokens: the boundary is a multiple of `align`, and the raw block it falls into
-is not null.
-One program per sequence reads its block-table row from the boundary on until it meets a
-block that is not null: as a rule that is the first one it looks at.
+One program per sequence reads its block-table row from the boundary on until it meets a block that
+is not null: as a rule that is the first one it looks at (pages.step_plan has the definition).
 """
 # Triton reads annotations of kernel parameters, so only tl.constexpr is annotated.
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -17,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_kvpca.pages.boundary import Policy
+from vllm_kvpca.pages.layer_plan import LayerPlan
 
 ROWS = 64
 """Rows of a block table that are looked at together."""
@@ -25,56 +20,34 @@ LISTED = 256
 """Sequences that are looked at together."""
 
 
-def starts(
+def locate(
     query_start: torch.Tensor,
     lengths: torch.Tensor,
     recent_table: torch.Tensor,
-    raw_block: int,
-    policy: Policy,
-    out: torch.Tensor,
+    plan: LayerPlan,
+    starts: torch.Tensor,
+    busy: torch.Tensor,
 ) -> None:
-    """Archived tokens of each sequence before the step.
-
-    Args:
-        query_start: (batch + 1,) int32, first new token of each sequence.
-        lengths: (batch,) int32, computed plus new tokens; 0 in padding rows.
-        recent_table: (batch, width) int32 block ids; 0 is the null block.
-        out: (batch,) int32.
-    """
+    """Where each sequence's archived part ends before the step, and which of them archive; see
+    `reference.locate`."""
+    policy = plan.policy
+    thresholds = {
+        "AFTER": policy.compress_after,
+        "RECENT": policy.keep_recent,
+        "ALIGN": policy.align,
+    }
     _starts[(len(lengths),)](
         query_start,
         lengths,
         recent_table,
         recent_table.stride(0),
-        out,
-        RAW_BLOCK=raw_block,
-        AFTER=policy.compress_after,
-        RECENT=policy.keep_recent,
-        ALIGN=policy.align,
+        starts,
+        RAW_BLOCK=plan.raw_block,
         ROWS=ROWS,
         num_warps=1,
+        **thresholds,
     )
-
-
-def list_busy(
-    starts: torch.Tensor, lengths: torch.Tensor, policy: Policy, out: torch.Tensor
-) -> None:
-    """The sequences of a step that archive something: few in most decode steps.
-
-    Args:
-        starts, lengths: (batch,) int32, see `starts`.
-        out: (1 + batch,) int32 or longer: their number, then their rows in the batch.
-    """
-    _list_busy[(1,)](
-        starts,
-        lengths,
-        out,
-        len(lengths),
-        AFTER=policy.compress_after,
-        RECENT=policy.keep_recent,
-        ALIGN=policy.align,
-        WIDTH=LISTED,
-    )
+    _list_busy[(1,)](starts, lengths, busy, len(lengths), WIDTH=LISTED, **thresholds)
 
 
 @triton.jit

@@ -4,39 +4,35 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 
 from vllm_kvpca.ops.band_table import check_last_dim
 from vllm_kvpca.ops.dependent_launch import follow_previous, launch_options, overlaps
+from vllm_kvpca.ops.layer_cache import LayerCache
+from vllm_kvpca.pages.step_plan import StepPlan, StepTokens
 
 TILE_ROWS = 8
 """(token, head) pairs of one program: 4 KiB of K and V with head_dim 128."""
 
 
-def store(
-    recent: torch.Tensor, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor
-) -> None:
-    """Write raw tokens into recent pages; the reference is `reference.store`.
+def store(step: StepPlan, tokens: StepTokens, cache: LayerCache) -> None:
+    """Write the step's raw K and V into recent pages; see `reference.store`.
 
-    Args:
-        recent: (blocks, kv_heads, raw_block, 2 * head_dim) in the model's dtype.
-        key, value: (tokens, kv_heads, head_dim); may be views of a fused qkv tensor.
-        slots: (tokens,) int32 or int64; one in the null block 0 (or below) is nowhere: vLLM maps
-            tokens without a raw block there.
+    Keys and values may be views of a fused qkv tensor.
     """
+    recent, key, value, slots = cache.recent, tokens.key, tokens.value, step.slots
     check_last_dim(recent=recent, key=key, value=value)
-    tokens, heads, head_dim = key.shape
-    grid = (triton.cdiv(tokens * heads, TILE_ROWS),)
-    if not tokens:
+    rows, heads, head_dim = key.shape
+    grid = (triton.cdiv(rows * heads, TILE_ROWS),)
+    if not rows:
         return
     _store_kernel[grid](
         recent,
         key,
         value,
         slots,
-        tokens * heads,
+        rows * heads,
         *recent.stride()[:3],
         *key.stride()[:2],
         *value.stride()[:2],

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from vllm_kvpca.pages.step_plan import StepPlan
 from vllm_kvpca.serving.log import contained
 
 WHAT = "times of archiving"
@@ -25,24 +27,20 @@ _Mark = float | torch.cuda.Event
 
 @dataclass
 class ArchiveTimer:
-    """Times the first layer of each step that archives; all layers do the same work.
+    """Times one layer of each step that archives; all layers do the same work.
 
     Attributes:
-        layers: compressed layers of this worker.
+        layers: compressed layers of this engine in this worker.
     """
 
     layers: int = 0
-    _step: object = None
     _pending: deque[tuple[_Mark, _Mark]] = field(default_factory=lambda: deque(maxlen=256))
 
-    def start(self, step: object, device: torch.device) -> _Mark | None:
-        """Begin a sample; None in all but the first layer, and while a graph is captured
-        (its replays run no Python, so events in it could not be read)."""
-        if step is self._step:
-            return None
-        self._step = step
-        if device.type != "cuda":
-            return time.perf_counter()
+    def start(self, step: StepPlan) -> _Mark | None:
+        """Begin a sample; None where the step is known to archive nothing, and while a graph is
+        captured (its replays run no Python, so events in it could not be read)."""
+        if step.busy.device.type != "cuda":
+            return time.perf_counter() if int(step.busy[0]) else None
         with contained(WHAT):
             return None if torch.cuda.is_current_stream_capturing() else _event()
         return None
@@ -77,8 +75,14 @@ def _between(start: Any, end: Any) -> float:
     return end - start if isinstance(end, float) else start.elapsed_time(end) / 1000
 
 
-timer = ArchiveTimer()
-"""The timer of this worker process."""
+def timer_of(context: Mapping[str, Any]) -> ArchiveTimer:
+    """The timer that an engine's layers share; a new one where none has any yet.
+
+    Args:
+        context: the engine's layers by name (static_forward_context).
+    """
+    timers = (getattr(layer, "timer", None) for layer in context.values())
+    return next((one for one in timers if isinstance(one, ArchiveTimer)), None) or ArchiveTimer()
 
 
 def take_samples(worker: Any) -> list[float]:
@@ -88,7 +92,7 @@ def take_samples(worker: Any) -> list[float]:
     first answer only, and takes the others for answers to the next question.
     """
     with contained(WHAT):
-        return timer.take()
+        return timer_of(worker.vllm_config.compilation_config.static_forward_context).take()
     return []
 
 

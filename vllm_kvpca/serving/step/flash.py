@@ -8,6 +8,8 @@ import torch
 from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func, get_flash_attn_version
 
 from vllm_kvpca.errors import UnsupportedError
+from vllm_kvpca.ops.attend.softmax import Softmax
+from vllm_kvpca.pages.step_plan import PrefillGroup
 
 
 @cache
@@ -26,33 +28,28 @@ def flash_version(head_dim: int, soft_cap: bool) -> int:
     return int(version)
 
 
-def causal_varlen(
+def causal_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    query_start: torch.Tensor,
-    key_start: torch.Tensor,
-    max_query: int,
-    max_key: int,
-    scale: float,
-    soft_cap: float | None,
+    group: PrefillGroup,
+    softmax: Softmax,
     out: torch.Tensor,
 ) -> None:
     """Causal attention of packed sequences whose last queries and keys coincide.
 
     Args:
         query, out: (queries, heads, head_dim); key, value: (keys, kv_heads, head_dim).
-        query_start, key_start: (sequences + 1,) int32 on the device.
-        max_query, max_key: of one sequence.
     """
+    scale, soft_cap = softmax
     flash_attn_varlen_func(
         q=query,
         k=key,
         v=value,
-        cu_seqlens_q=query_start,
-        cu_seqlens_k=key_start,
-        max_seqlen_q=max_query,
-        max_seqlen_k=max_key,
+        cu_seqlens_q=group.query_start,
+        cu_seqlens_k=group.key_start,
+        max_seqlen_q=group.max_new,
+        max_seqlen_k=group.max_length,
         softmax_scale=scale,
         causal=True,
         softcap=soft_cap or 0.0,

@@ -1,9 +1,4 @@
-"""The second cache owner of a compressed attention layer, and how it comes to be.
-
-vLLM asks every `AttentionLayerBase` in `static_forward_context` for one cache spec. Our
-attention layers keep their place with the recent spec; an `ArchiveLayer` beside each of
-them owns the archive spec.
-"""
+"""How an attention layer gets its second cache owner, its plan and its codec."""
 
 from __future__ import annotations
 
@@ -25,49 +20,17 @@ from vllm_kvpca.errors import UnsupportedError
 from vllm_kvpca.ops.layer_codec import LayerCodec
 from vllm_kvpca.pages.block_sizes import RAW_BLOCKS, PagePlan, plan_pages
 from vllm_kvpca.pages.layer_plan import LayerPlan
-from vllm_kvpca.pages.layout import ArchiveLayout, raw_token_bytes
+from vllm_kvpca.pages.layout import raw_token_bytes
 from vllm_kvpca.preset import Preset
 from vllm_kvpca.serving.cache.pairs import ARCHIVE_SUFFIX
 from vllm_kvpca.serving.cache.specs import ArchiveSpec, RecentSpec
-from vllm_kvpca.serving.observe.times import timer
+from vllm_kvpca.serving.observe.times import timer_of
+from vllm_kvpca.serving.platform import device_kind
 from vllm_kvpca.serving.settings.options import CompressionOptions, cached_preset
+from vllm_kvpca.serving.step.archive_layer import ArchiveLayer
 
 if TYPE_CHECKING:
     from vllm_kvpca.serving.step.attention import KvpcaAttentionImpl
-
-
-class ArchiveLayer(torch.nn.Module, AttentionLayerBase):
-    """Owns one layer's archive pages."""
-
-    kv_sharing_target_layer_name = None
-
-    def __init__(self, spec: ArchiveSpec, codec: LayerCodec, num_heads: int) -> None:
-        super().__init__()
-        self.kv_cache = torch.tensor([])  # vLLM binds the pages here
-        self.num_heads = num_heads
-        self.spec = spec
-        self.codec = codec
-
-    def get_attn_backend(self) -> Any:
-        from vllm_kvpca.serving.step.backend import ArchiveBackend
-
-        return ArchiveBackend
-
-    def get_kv_cache_spec(self, vllm_config: Any) -> ArchiveSpec:
-        return self.spec
-
-    def pages(self) -> torch.Tensor:
-        """(blocks, kv_heads, head_bytes) uint8: the regions of pages.layout lie in dim 2.
-
-        vLLM may have scaled the block size; the codec's layout follows the real one.
-        """
-        block_size = self.kv_cache.shape[2]
-        if block_size != self.codec.layout.block_size:
-            layout = self.codec.layout
-            layout = ArchiveLayout(layout.head_dim, block_size, layout.k_bands, layout.v_bands)
-            codec = self.codec
-            self.codec = LayerCodec(layout, codec.k_basis, codec.v_basis, codec.dtype)
-        return self.kv_cache.view(torch.uint8).flatten(2)
 
 
 def attach_archive(impl: KvpcaAttentionImpl, vllm_config: Any) -> ArchiveLayer:
@@ -100,12 +63,19 @@ def attach_archive(impl: KvpcaAttentionImpl, vllm_config: Any) -> ArchiveLayer:
     spec = ArchiveSpec(block_size=plan.archive_block, **common)
     # On this instance only: other Attention layers of the model keep their own spec.
     layer.get_kv_cache_spec = lambda vllm_config: recent
-    archive = ArchiveLayer(spec, codec, layer.num_heads)
+    archive = ArchiveLayer(spec, codec, layer.num_heads, timer_of(context))
+    # Below the layer, so that what looks after the model's buffers finds the bases.
+    layer.add_module("kvpca_archive", archive)
+    if device_kind() == "cuda":
+        from vllm_kvpca.serving.step.flash import flash_version
+        from vllm_kvpca.serving.step.workspace import workspace_for
+
+        flash_version(layer.head_size, impl.softmax.soft_cap is not None)
+        archive.workspace = workspace_for(context, impl, plan.dtype)
     context[name + ARCHIVE_SUFFIX] = archive
     # vLLM splits kinds of layers into groups in this order: archives as their layers.
     for layer_name in [name for name in context if name + ARCHIVE_SUFFIX in context]:
         context[layer_name + ARCHIVE_SUFFIX] = context.pop(layer_name + ARCHIVE_SUFFIX)
-    timer.layers += 1
     return archive
 
 

@@ -6,16 +6,20 @@ decoding; steps that also prefill would make the first requests wait.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 
+from vllm_kvpca.ops.attend.decode import make_chunks
+from vllm_kvpca.ops.attend.kernel import AttendWorkspace
+from vllm_kvpca.ops.attend.softmax import Softmax
+from vllm_kvpca.ops.layer_cache import LayerCache
 from vllm_kvpca.ops.layer_codec import LayerCodec
-from vllm_kvpca.pages.boundary import Policy
-from vllm_kvpca.pages.layout import raw_token_bytes
-from vllm_kvpca.serving.step.device_batch import DeviceStep, group_prefills, on_device
-from vllm_kvpca.serving.step.device_step import DeviceWorkspace, LayerCache, run_device_step
-from vllm_kvpca.serving.step.run import StepTokens
+from vllm_kvpca.ops.table import Ops, make_step
+from vllm_kvpca.pages.layer_plan import LayerPlan
+from vllm_kvpca.pages.step_plan import StepPlan, StepTokens, group_prefills
+from vllm_kvpca.serving.step.run import run_step
 
 NEW_TOKENS = 8
 BATCHES = (1, 64)
@@ -24,76 +28,47 @@ _done: set[Any] = set()
 
 
 def compile_kernels(
+    plan: LayerPlan,
     codec: LayerCodec,
-    raw_block: int,
-    policy: Policy,
     heads: int,
     kv_heads: int,
-    soft_cap: float | None,
-    workspace: DeviceWorkspace,
+    softmax: Softmax,
+    workspace: AttendWorkspace,
+    max_sequences: int,
+    ops: Ops,
 ) -> None:
     """Launch every kernel that a step may need once, for layers like this one.
 
     Args:
-        codec: the layer's; its bases are on the device.
-        raw_block: tokens of a recent block. heads: query heads.
+        plan: final. codec: the layer's; its bases are on the device.
+        heads, kv_heads: query and KV heads on this rank.
+        max_sequences: of a step.
     """
     bases = codec.k_basis is None, codec.v_basis is None
-    kind = (codec.layout, *bases, codec.dtype, raw_block, policy, heads, kv_heads, bool(soft_cap))
+    kind = (replace(plan, model=""), *bases, heads, kv_heads, softmax.soft_cap is None)
     if kind in _done:
         return
     _done.add(kind)
-    device = workspace.key.device
-    layout = codec.layout
-    shape = (2, kv_heads, raw_block, raw_token_bytes(layout.head_dim) // 2)
-    recent = torch.zeros(shape, dtype=codec.dtype, device=device)
-    pages = torch.zeros(2, kv_heads, layout.head_bytes, dtype=torch.uint8, device=device)
+    device, dim = workspace.key.device, plan.head_dim
+    workspace = replace(workspace, causal_attention=lambda *args: None)
+    recent = torch.zeros(2, kv_heads, plan.raw_block, 2 * dim, dtype=plan.dtype, device=device)
+    pages = torch.zeros(2, kv_heads, plan.archive.head_bytes, dtype=torch.uint8, device=device)
     for batch in BATCHES:
-        if batch <= len(workspace.decode.spans):
-            step = _step(batch, raw_block, policy, device)
-            tokens = len(step.slots)
-            qkv = torch.zeros(
-                tokens, heads + 2 * kv_heads, layout.head_dim, dtype=codec.dtype, device=device
-            )
+        if batch <= max_sequences:
+            step = _step(plan, batch, make_chunks(workspace.decode, max_sequences), ops, device)
+            shape = (len(step.slots), heads + 2 * kv_heads, dim)
+            qkv = torch.zeros(shape, dtype=plan.dtype, device=device)
             query, key, value = qkv.split([heads, kv_heads, kv_heads], 1)
-            run_device_step(
-                step,
-                StepTokens(query, key, value, torch.empty_like(query)),
-                LayerCache(recent, pages, codec),
-                workspace,
-                lambda *args: None,
-                1.0,
-                soft_cap,
-            )
+            tokens = StepTokens(query, key, value, torch.empty_like(query))
+            run_step(step, tokens, LayerCache(recent, pages, codec), softmax, ops, workspace)
 
 
-def _step(batch: int, raw_block: int, policy: Policy, device: torch.device) -> DeviceStep:
+def _step(plan: LayerPlan, batch: int, chunks: Any, ops: Ops, device: torch.device) -> StepPlan:
     """`batch` sequences that decode their second token, and one that goes on with its prompt."""
-    from vllm_kvpca.ops.starts.kernel import list_busy, starts
-
-    new = [1] * batch + [NEW_TOKENS]
-    lengths = [2] * batch + [2 * NEW_TOKENS]
-    query_start = [0]
-    for count in new:
-        query_start.append(query_start[-1] + count)
-    query_starts = torch.tensor(query_start, dtype=torch.int32, device=device)
-    all_lengths = torch.tensor(lengths, dtype=torch.int32, device=device)
-    rows = -(-2 * NEW_TOKENS // raw_block)
+    host = [*range(batch + 1), batch + NEW_TOKENS], [2] * batch + [2 * NEW_TOKENS]
+    query_start, lengths = (torch.tensor(x, dtype=torch.int32, device=device) for x in host)
+    rows = -(-2 * NEW_TOKENS // plan.raw_block)
     table = torch.ones(batch + 1, rows, dtype=torch.int32, device=device)
-    out = torch.empty_like(all_lengths)
-    starts(query_starts, all_lengths, table, raw_block, policy, out)
-    busy = torch.zeros(batch + 2, dtype=torch.int32, device=device)
-    list_busy(out, all_lengths, policy, busy)
-    groups = group_prefills(query_start, lengths, batch, 2 * NEW_TOKENS)
-    return DeviceStep(
-        policy=policy,
-        decodes=batch,
-        prefills=tuple(on_device(group, query_starts, all_lengths) for group in groups),
-        query_start=query_starts,
-        lengths=all_lengths,
-        starts=out,
-        busy=busy,
-        slots=torch.zeros(query_start[-1], dtype=torch.int64, device=device),
-        recent_table=table,
-        archive_table=table,
-    )
+    prefills = group_prefills(*host, batch, 2 * NEW_TOKENS, (query_start, lengths))
+    attending = {"decodes": batch, "prefills": prefills, "chunks": chunks}
+    return make_step(ops, plan, query_start, lengths, table, table, **attending)

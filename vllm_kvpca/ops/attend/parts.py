@@ -1,7 +1,5 @@
-"""The kernels in plain torch: exact in what they compute, batched, on any device.
+"""Attention over each tier of some sequences, in plain torch.
 
-Slots address tokens in a cache: slot = block * block_size + offset; -1 means "nowhere".
-Block 0 is the null block: it belongs to nobody.
 Grouped query heads are folded into rows: (batch, kv_heads, tokens * group, head_dim), so a
 KV head is read once for all its query heads.
 """
@@ -10,10 +8,10 @@ from __future__ import annotations
 
 import torch
 
-from vllm_kvpca.codec.bands import narrow
 from vllm_kvpca.ops.attend import components
 from vllm_kvpca.ops.attend.softmax import (
     Partial,
+    Softmax,
     causal_attention,
     length_mask,
     merge,
@@ -21,7 +19,6 @@ from vllm_kvpca.ops.attend.softmax import (
     softmax_weights,
 )
 from vllm_kvpca.ops.layer_codec import LayerCodec
-from vllm_kvpca.pages.boundary import Policy
 from vllm_kvpca.pages.layout import TOGETHER, ArchiveLayout
 
 FEW_ROWS = 32
@@ -30,156 +27,13 @@ TILE_TOKENS = 16384
 """Archived tokens (batch times length) expanded to float32 at a time: bounds the workspace."""
 
 
-def store(
-    recent: torch.Tensor, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor
-) -> None:
-    """Write raw tokens into recent pages.
-
-    Args:
-        recent: (blocks, kv_heads, raw_block, 2 * head_dim) in the model's dtype.
-        key, value: (tokens, kv_heads, head_dim).
-        slots: (tokens,) int64; one in the null block 0 (or below) is nowhere, because vLLM
-            maps tokens without a raw block there.
-    """
-    keep = slots >= recent.shape[2]
-    slots = slots[keep]
-    block, offset = slots // recent.shape[2], slots % recent.shape[2]
-    recent[block, :, offset] = torch.cat([key[keep], value[keep]], -1).to(recent.dtype)
-
-
-def load_recent(recent: torch.Tensor, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Raw K and V, each (tokens, kv_heads, head_dim), of slots that are all valid."""
-    both = recent[slots // recent.shape[2], :, slots % recent.shape[2]]
-    key, value = both.chunk(2, -1)
-    return key, value
-
-
-def archive(
-    pages: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    slots: torch.Tensor,
-    codec: LayerCodec,
-) -> None:
-    """Encode tokens and write them into archive pages.
-
-    Args:
-        pages: (blocks, kv_heads, head_bytes) uint8.
-        key, value: (tokens, kv_heads, head_dim) in the model's dtype.
-        slots: (tokens,) int64; -1 leaves the cache untouched.
-    """
-    layout = codec.layout
-    keep = slots >= 0
-    slots = slots[keep]
-    block, offset = slots // layout.block_size, slots % layout.block_size
-    for which, x, scales_at in (("k", key, layout.k_scales), ("v", value, layout.v_scales)):
-        codes, scales = codec.encode(x[keep], which)
-        layout.store_codes(pages, which, block, offset, codes)
-        if scales_at.width:
-            layout.scales(pages, scales_at)[block, :, offset] = scales
-
-
-def archive_step(
-    pages: torch.Tensor,
-    recent: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    query_start: torch.Tensor,
-    lengths: torch.Tensor,
-    starts: torch.Tensor,
-    recent_table: torch.Tensor,
-    archive_table: torch.Tensor,
-    policy: Policy,
-    codec: LayerCodec,
-    max_new: int = 1,
-) -> None:
-    """Archive [starts_i, boundary(lengths_i)) of each sequence: ops.archive.kernel.archive."""
-    computed = lengths - query_start.diff()
-    sequence, position = _ranges(starts, policy.boundaries(lengths))
-    is_new = position >= computed[sequence]
-    slots = _table_slots(archive_table, sequence, position, codec.layout.block_size)
-    sources = _table_slots(recent_table, sequence, position, recent.shape[2])
-    slots = torch.where(is_new | (sources >= 0), slots, -1)
-    new = (query_start[sequence] + position - computed[sequence])[is_new]
-    old_key, old_value = load_recent(recent, sources[~is_new].clamp_min(0))
-    archive(
-        pages,
-        torch.cat([old_key, key[new]]),
-        torch.cat([old_value, value[new]]),
-        torch.cat([slots[~is_new], slots[is_new]]),
-        codec,
-    )
-
-
-def gather(
-    pages: torch.Tensor,
-    recent: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    query_start: torch.Tensor,
-    lengths: torch.Tensor,
-    starts: torch.Tensor,
-    recent_table: torch.Tensor,
-    archive_table: torch.Tensor,
-    offsets: torch.Tensor,
-    max_length: int,
-    out_k: torch.Tensor,
-    out_v: torch.Tensor,
-    codec: LayerCodec,
-) -> None:
-    """Expand whole sequences in head space: ops.expand.kernel.gather."""
-    layout = codec.layout
-    computed = lengths - query_start.diff()
-
-    sequence, position = _ranges(torch.zeros_like(starts), starts)
-    slots = _table_slots(archive_table, sequence, position, layout.block_size, null=0)
-    block, offset = slots // layout.block_size, slots % layout.block_size
-    rows = offsets[sequence] + position
-    for which, out, scales_at in (("k", out_k, layout.k_scales), ("v", out_v, layout.v_scales)):
-        codes = layout.load_codes(pages, which, block, offset)
-        scales = layout.scales(pages, scales_at)[block, :, offset]
-        out[rows] = narrow(codec.restore(codec.decode(codes, scales, which), which), out.dtype)
-
-    sequence, position = _ranges(starts, computed)
-    rows = offsets[sequence] + position
-    slots = _table_slots(recent_table, sequence, position, recent.shape[2], null=0)
-    out_k[rows], out_v[rows] = load_recent(recent, slots)
-
-    sequence, position = _ranges(computed, lengths)
-    rows = offsets[sequence] + position
-    new = query_start[sequence] + position - computed[sequence]
-    out_k[rows], out_v[rows] = key[new], value[new]
-
-
-def _ranges(begins: torch.Tensor, ends: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(sequence, position) of every position in [begins_i, ends_i), sequence by sequence."""
-    counts = (ends - begins).clamp_min(0).long()
-    sequence = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
-    first = counts.cumsum(0) - counts
-    within = torch.arange(len(sequence), device=counts.device) - first[sequence]
-    return sequence, begins[sequence] + within
-
-
-def _table_slots(
-    table: torch.Tensor,
-    sequence: torch.Tensor,
-    position: torch.Tensor,
-    block_size: int,
-    null: int = -1,
-) -> torch.Tensor:
-    """Slots of positions by a block table; `null` in place of slots of the null block 0."""
-    ids = table[sequence, position // block_size].long()
-    return torch.where(ids > 0, ids * block_size + position % block_size, null)
-
-
 def attend_archive(
     query: torch.Tensor,
     pages: torch.Tensor,
     table: torch.Tensor,
     lengths: torch.Tensor,
     codec: LayerCodec,
-    scale: float,
-    soft_cap: float | None = None,
+    softmax: Softmax,
 ) -> Partial:
     """Attention over archived tokens, in component space.
 
@@ -199,7 +53,7 @@ def attend_archive(
     for first in range(0, table.shape[1], step):
         tile = _load_archive_tile(pages, table[:, first : first + step], lengths, first, layout)
         mask = length_mask(lengths, first * layout.block_size, tile.shape[2] * layout.block_size)
-        part = _attend_tile(rotated, tile, mask, codec, scale, soft_cap)
+        part = _attend_tile(rotated, tile, mask, codec, softmax)
         result = part if result is None else merge(result, part)
     assert result is not None, "a batch without archived tokens must not get here"
     return Partial(codec.restore_output(result.out), result.lse)
@@ -210,8 +64,7 @@ def _attend_tile(
     tile: torch.Tensor,
     mask: torch.Tensor,
     codec: LayerCodec,
-    scale: float,
-    soft_cap: float | None,
+    softmax: Softmax,
 ) -> Partial:
     """Attention over one tile (batch, kv_heads, blocks, head_bytes), in component space."""
     layout = codec.layout
@@ -222,9 +75,11 @@ def _attend_tile(
     if rotated.shape[2] > FEW_ROWS:
         key = codec.decode(_by_token(k_codes), k_scales, "k").flatten(2, 3)
         value = codec.decode(_by_token(v_codes), v_scales, "v").flatten(2, 3)
-        return partial_attention(rotated, key, value, mask, scale, soft_cap)
-    products = components.scores(rotated * scale, k_codes, k_scales, layout.k_bands, codec.dtype)
-    weights = softmax_weights(products, mask, soft_cap)
+        return partial_attention(rotated, key, value, mask, *softmax)
+    products = components.scores(
+        rotated * softmax.scale, k_codes, k_scales, layout.k_bands, codec.dtype
+    )
+    weights = softmax_weights(products, mask, softmax.soft_cap)
     out = components.weighted_sum(weights.out, v_codes, v_scales, layout.v_bands, codec.dtype)
     return Partial(out, weights.lse)
 
@@ -283,8 +138,7 @@ def attend_recent(
     table: torch.Tensor,
     skips: torch.Tensor,
     lengths: torch.Tensor,
-    scale: float,
-    soft_cap: float | None = None,
+    softmax: Softmax,
 ) -> Partial:
     """Attention over raw tokens in recent pages.
 
@@ -301,7 +155,7 @@ def attend_recent(
     tile[sequence, block, :, token] = 0
     key, value = components.expand(tile.transpose(1, 2)).chunk(2, -1)
     mask = length_mask(ends, 0, key.shape[2], skips)
-    return partial_attention(query, key, value, mask, scale, soft_cap)
+    return partial_attention(query, key, value, mask, *softmax)
 
 
 def attend_new(
@@ -309,8 +163,7 @@ def attend_new(
     key: torch.Tensor,
     value: torch.Tensor,
     group: int,
-    scale: float,
-    soft_cap: float | None = None,
+    softmax: Softmax,
 ) -> Partial:
     """Causal attention of a step's new tokens over themselves.
 
@@ -324,7 +177,7 @@ def attend_new(
     # full mask, and the fused CPU kernel can be used.
     query = query.view(batch, heads, tokens, group, dim).transpose(2, 3).flatten(1, 2)
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-    part = causal_attention(query, key, value, scale, soft_cap)
+    part = causal_attention(query, key, value, *softmax)
     out = part.out.view(batch, heads, group, tokens, dim).transpose(2, 3).flatten(2, 3)
     lse = part.lse.view(batch, heads, group, tokens).transpose(2, 3).flatten(2, 3)
     return Partial(out, lse)

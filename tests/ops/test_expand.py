@@ -1,4 +1,4 @@
-"""The gather kernels against their torch reference."""
+"""The expand kernels against their torch reference."""
 
 from __future__ import annotations
 
@@ -9,13 +9,20 @@ from kernel_cases import (
     assert_expanded,
     filled_recent,
     make_codec,
+    make_plan,
     make_table,
+    plan_step,
     random_tokens,
     step_tensors,
     strided_cache,
 )
 
-from vllm_kvpca.ops import reference
+from vllm_kvpca.ops.archive.reference import archive_slots
+from vllm_kvpca.ops.expand import reference
+from vllm_kvpca.ops.layer_cache import LayerCache
+from vllm_kvpca.ops.store.reference import store_slots
+from vllm_kvpca.pages.boundary import Policy
+from vllm_kvpca.pages.step_plan import PrefillGroup, StepTokens
 
 kernel = pytest.importorskip("vllm_kvpca.ops.expand.kernel", exc_type=ImportError)
 
@@ -29,6 +36,8 @@ SEQUENCES = [
     (0, 0, 0),  # a padding row
 ]
 LONG = [(700, 70, 576)]
+POLICY = Policy(10**6, 0, BLOCK)
+"""Nothing is archived in these steps: the cases say what was before."""
 
 
 def filled_pages(blocks, heads, codec, dtype, device):
@@ -37,18 +46,25 @@ def filled_pages(blocks, heads, codec, dtype, device):
     pages = strided_cache(blocks, heads, head_bytes, dtype=torch.uint8, device=device, fill=0xFF)
     tokens = (blocks - 1) * BLOCK
     key, value = random_tokens(tokens, heads, codec.layout.head_dim, dtype, device)
-    reference.archive(pages, key, value, torch.arange(tokens, device=device) + BLOCK, codec)
+    archive_slots(pages, key, value, torch.arange(tokens, device=device) + BLOCK, codec)
     return pages
 
 
+def group_of(members, key_start, max_length) -> PrefillGroup:
+    """Of expand's interest: which sequences, where their keys go, how long the longest is."""
+    return PrefillGroup(members, slice(0), 1, max_length, True, key_start, key_start)
+
+
 def make_case(name, dtype, sequences, heads, head_dim, device):
-    """Codec and arguments of gather up to max_length, for all sequences but the first.
+    """Codec and arguments of expand up to its outputs, for all sequences but the first.
 
     Their rows start at 2: something before and after them must stay as it is.
     """
     torch.manual_seed(3)
     codec = make_codec(name, head_dim, heads, dtype, device, BLOCK)
-    query_start, lengths, starts = (x[1:] for x in step_tensors([(9, 2, 0), *sequences], device))
+    sequences = [(9, 2, 0), *sequences]
+    where = step_tensors(sequences, device)
+    query_start, lengths, starts = where
     recent_table = make_table([-(-n // RAW_BLOCK) for n in lengths.tolist()], device)
     archive_table = make_table([-(-n // BLOCK) for n in starts.tolist()], device)
     for i, (_, _, start) in enumerate(sequences):
@@ -56,10 +72,12 @@ def make_case(name, dtype, sequences, heads, head_dim, device):
         recent_table[i, : start // RAW_BLOCK] = 0
     recent = filled_recent(int(recent_table.max()) + 1, heads, RAW_BLOCK, head_dim, dtype, device)
     pages = filled_pages(max(2, int(archive_table.max()) + 1), heads, codec, dtype, device)
-    tokens = random_tokens(int(query_start[-1]), heads, head_dim, dtype, device)
-    offsets = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0)) + 2
-    step = (query_start, lengths, starts, recent_table, archive_table, offsets)
-    return codec, (pages, recent, *tokens, *step, int(lengths.max()))
+    key, value = random_tokens(int(query_start[-1]), heads, head_dim, dtype, device)
+    offsets = torch.nn.functional.pad(lengths[1:].cumsum(0, dtype=torch.int32), (1, 0)) + 2
+    group = group_of(slice(1, len(sequences)), offsets, int(lengths[1:].max()))
+    step = plan_step(make_plan(codec, RAW_BLOCK, POLICY), where, recent_table, archive_table)
+    tokens = StepTokens(key, key, value, key)
+    return step, group, tokens, LayerCache(recent, pages, codec)
 
 
 def outputs(rows, heads, head_dim, dtype, device):
@@ -69,11 +87,12 @@ def outputs(rows, heads, head_dim, dtype, device):
 
 
 def check(name, dtype, sequences, heads, head_dim, device):
-    codec, args = make_case(name, dtype, sequences, heads, head_dim, device)
+    args = make_case(name, dtype, sequences, heads, head_dim, device)
+    codec = args[3].codec
     total = sum(computed + new for computed, new, _ in sequences)
     k, v, wanted_k, wanted_v = outputs(total + 4, heads, head_dim, dtype, device)
-    reference.gather(*args, wanted_k, wanted_v, codec)
-    kernel.gather(*args, k, v, codec)
+    reference.expand(*args, wanted_k, wanted_v)
+    kernel.expand(*args, k, v)
     assert_expanded(k, wanted_k, codec, "k")
     assert_expanded(v, wanted_v, codec, "v")
     for out in (k, v):
@@ -102,15 +121,16 @@ def test_rows_are_the_tokens_that_were_archived(name, device):
     pages = torch.zeros(2, 1, codec.layout.head_bytes, dtype=torch.uint8, device=device)
     recent = torch.zeros(3, 1, RAW_BLOCK, 128, device=device).half()
     slots = torch.arange(33, device=device) + BLOCK
-    reference.archive(pages, key[:33], value[:33], slots, codec)
+    archive_slots(pages, key[:33], value[:33], slots, codec)
     slots = torch.arange(65, 70, device=device)  # positions 33 to 37 in block 2
-    reference.store(recent, key[33:38], value[33:38], slots)
+    store_slots(recent, key[33:38], value[33:38], slots)
     tables = (torch.tensor([row], dtype=torch.int32, device=device) for row in ([0, 2], [1]))
-    step = (*step_tensors([(38, 2, 33)], device), *tables)
+    where = step_tensors([(38, 2, 33)], device)
+    step = plan_step(make_plan(codec, RAW_BLOCK, POLICY), where, *tables)
     k, v = torch.empty(2, 40, 1, 64, device=device).half()
-    first = torch.zeros(2, dtype=torch.int32, device=device)
-    args = (pages, recent, key[38:], value[38:], *step, first, 40)
-    kernel.gather(*args, k, v, codec)
+    group = group_of(slice(0, 1), torch.zeros(2, dtype=torch.int32, device=device), 40)
+    tokens = StepTokens(key[38:], key[38:], value[38:], key[38:])
+    kernel.expand(step, group, tokens, LayerCache(recent, pages, codec), k, v)
     assert torch.equal(k[33:], key[33:]) and torch.equal(v[33:], value[33:])
     # Relative error of a vector: codes of 8 bits in one band, of 4 bits, a quarter dropped.
     limits = {"raw": 0, "k8v8": 0.01, "kv-mixed": 0.2, "v-rank-int8": 0.8}
@@ -120,9 +140,8 @@ def test_rows_are_the_tokens_that_were_archived(name, device):
         assert float(error.max()) <= limits[name]
 
 
-def test_nothing_to_gather(device):
-    codec, args = make_case("raw", torch.float16, [(0, 1, 0)], 1, 64, device)
+def test_nothing_to_expand(device):
+    step, group, *rest = make_case("raw", torch.float16, [(0, 1, 0)], 1, 64, device)
     k, v, _, _ = outputs(4, 1, 64, torch.float16, device)
-    none = (args[4][:1], *(x[:0] for x in args[5:9]), args[9][:1])
-    kernel.gather(*args[:4], *none, 0, k, v, codec)
+    kernel.expand(step, group_of(slice(1, 1), group.key_start[:1], 0), *rest, k, v)
     assert k.isnan().all() and v.isnan().all()
