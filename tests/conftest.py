@@ -16,6 +16,7 @@ import torch
 
 EACH_VLLM = (
     "deploy/test_newer_vllm.py",
+    "e2e/test_each_vllm.py",
     "e2e/test_refusals.py",
     "serving/test_cache_stats.py",
     "serving/test_doctor.py",

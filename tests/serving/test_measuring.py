@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from vllm_kvpca.serving import log
-from vllm_kvpca.serving.adapters import figures
+from vllm_kvpca.serving.adapters import cache_groups, figures
 from vllm_kvpca.serving.observe import times
 from vllm_kvpca.serving.observe.stat_logger import KvpcaStatLogger
 
@@ -137,6 +137,14 @@ def test_servers_that_do_not_compress_are_passed_through(lines, wrap, config):
     wrap(lambda *args: calls.append(args))(engine, config)
     assert calls == [(engine, config)]
     assert lines == []
+
+
+@pytest.mark.parametrize("arguments", [{}, {"kv_cache_config": None, "enable_caching": True}])
+def test_a_cache_that_is_passed_in_another_way_gets_vllm_s_coordinator(lines, arguments):
+    """Every server makes one, compressed or not."""
+    coordinator = object()
+    make = cache_groups._get_kv_cache_coordinator(lambda *args, **kwargs: coordinator)
+    assert make(**arguments) is coordinator
 
 
 def test_a_metric_that_cannot_be_published_does_not_hide_the_others(monkeypatch, lines):

@@ -5,19 +5,32 @@ from __future__ import annotations
 from typing import Any
 
 from vllm_kvpca.serving.adapters.changes import Patch, Wrap
+from vllm_kvpca.serving.log import contained
 from vllm_kvpca.serving.settings.options import asks_for_compression
 
 
 def _get_kv_cache_coordinator(original: Any) -> Any:
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        from vllm_kvpca.serving.cache.coordinator import PairCoordinator, is_compressed
+        if _searches_pairs(*args, **kwargs):
+            from vllm_kvpca.serving.cache.coordinator import PairCoordinator
 
-        compressed = is_compressed(kwargs["kv_cache_config"].kv_cache_groups)
-        if compressed and kwargs["enable_caching"]:
             return PairCoordinator(*args, **kwargs)
         return original(*args, **kwargs)
 
     return wrapper
+
+
+def _searches_pairs(
+    kv_cache_config: Any = None, *args: Any, enable_caching: bool = False, **kwargs: Any
+) -> bool:
+    """Whether prefixes are searched in a cache with archives. Every server comes by here, so
+    whatever vLLM passes, nothing is raised; an engine with archives would end at once without
+    the search."""
+    with contained("looking at the cache groups"):
+        from vllm_kvpca.serving.cache.coordinator import is_compressed
+
+        return enable_caching and is_compressed(kv_cache_config.kv_cache_groups)
+    return False
 
 
 def _get_kv_cache_configs(original: Any) -> Any:
