@@ -44,6 +44,66 @@ def test_links_lead_somewhere(page):
             assert part in map(anchor, headings), f"{link}: no such heading"
 
 
+SOURCES = [
+    *(path for part in ("vllm_kvpca", "benchmarks") for path in (ROOT / part).rglob("*.py")),
+    *(path for path in (ROOT / "tests").rglob("*.py") if path != Path(__file__).resolve()),
+    *(ROOT / "deploy").rglob("*.sh"),
+    *(ROOT / name for name in ("Makefile", "pyproject.toml", ".ci/run")),
+]
+FENCED = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
+PATH = re.compile(r"(?<![\w.~/:$<>{}*-])(?:[a-z_.][\w.-]*/)+[\w-]+\.(?:py|sh|md|toml)\b")
+FOLDER = re.compile(r"`((?:tests|benchmarks|deploy|docs|presets|vllm_kvpca|\.ci)/(?:[\w.-]+/)*)`")
+ROOMS = {
+    path.name for part in (ROOT, ROOT / "vllm_kvpca") for path in part.iterdir() if path.is_dir()
+}
+
+
+def named_paths(text: str) -> set[str]:
+    """Paths of this repository that a text names, commands in fences (of records) left out."""
+    text = FENCED.sub("", text)
+    return {match[0] for match in PATH.finditer(text)} | set(FOLDER.findall(text))
+
+
+def is_there(path: str, beside: Path) -> bool:
+    places = (ROOT, ROOT / "vllm_kvpca", beside.parent, *ROOT.glob("tests/*/"))
+    return any((place / path).exists() for place in places)
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=lambda page: page.name
+)
+def test_paths_in_pages_exist(page):
+    assert {path for path in named_paths(page.read_text()) if not is_there(path, page)} == set()
+
+
+def test_paths_in_comments_exist():
+    """A file that was renamed leaves its old name in the comments of others."""
+    dead = {
+        (str(source.relative_to(ROOT)), path)
+        for source in SOURCES
+        for path in named_paths(source.read_text())
+        if path.partition("/")[0] in ROOMS and not is_there(path, source)
+    }
+    assert dead == set()
+
+
+def test_a_dead_path_is_found():
+    text = "see `serving/step/gone.py` and tests/gone/: `tests/gone/`\n```\nin/a/fence.py\n```\n"
+    assert named_paths(text) == {"serving/step/gone.py", "tests/gone/"}
+
+
+def test_the_architecture_page_names_every_room():
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    package = ROOT / "vllm_kvpca"
+    rooms = [
+        path.parent
+        for part in (package, package / "serving")
+        for path in part.glob("*/__init__.py")
+    ]
+    assert len(rooms) > 10
+    assert [room.name for room in rooms if f" {room.name}/ " not in text] == []
+
+
 def test_images_are_small():
     images = list((ROOT / "docs" / "images").iterdir())
     assert images and sum(path.stat().st_size for path in images) < 2e6

@@ -2,7 +2,7 @@
 
 A forward pass attends to what was archived before it, restored, to the recent tokens and to its
 own new tokens, both raw; then the tokens below the new boundary are archived. The server does
-the same (serving/step/batch.py), so both give a token the same precision at the same time, except
+the same (serving/step/run.py), so both give a token the same precision at the same time, except
 that the server's boundary moves in the steps of its blocks.
 
 Gradients flow to the K and V of the tokens of one forward pass, through attention to them. What is

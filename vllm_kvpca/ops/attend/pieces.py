@@ -288,7 +288,7 @@ class Part:
 
     @property
     def permuted(self) -> bool:
-        """Whether scores come in decode_ops' order of tokens: values of 16 bits do not."""
+        """Whether scores come in `permuted_tokens`' order: values of 16 bits do not."""
         return self.together > 1 and all(piece[0] != RAW_BITS for piece in self.v)
 
 

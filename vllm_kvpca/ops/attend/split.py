@@ -9,7 +9,7 @@ What a program reads of token t of an archive page (one head, N tokens, k8v4, he
     V scale    at N * 3D/2+2N = vs_at + t * 2                    bf16, on the token's weight
 
 Both products take codes as int8: scores sum over a token's components, which lie together,
-outputs over tokens, of which 8 lie together (decode_ops). Weights are quantized relative to
+outputs over tokens, of which 8 lie together (products). Weights are quantized relative to
 the largest weight of their tile, so that small tiles lose nothing to large ones.
 
 A token of a recent page is one row, K then V, in the model's dtype, and both products are.
