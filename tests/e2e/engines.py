@@ -73,6 +73,18 @@ def assert_same_tokens(wanted: list[dict], got: list[dict]) -> None:
                 break
 
 
+def archived_tokens(
+    result: dict[str, Any], lengths: list[int], generated: int, preset: dict[str, Any]
+) -> int:
+    """Tokens that prompts of these lengths have archived when each has so many new tokens, the last
+    of which is not computed; by the definition of the boundary."""
+    (step,) = {size for kind, _, size in result["groups"] if kind == "ArchiveSpec"}
+    computed = [length + generated - 1 for length in lengths]
+    return sum(
+        (n - preset["keep_recent"]) // step * step for n in computed if n > preset["compress_after"]
+    )
+
+
 def text_prompts(lengths: list[int]) -> list[list[int]]:
     """Token ids of real text: the licence that ships with the repository."""
     from transformers import AutoTokenizer

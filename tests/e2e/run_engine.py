@@ -1,7 +1,7 @@
 """Run one vLLM engine in a process of its own: a job as JSON on stdin, results in a file.
 
 The job: {"llm": {...LLM arguments}, "rounds": [{"prompts": [[token ids]], "sampling": {...},
-"lora": folder or null}]}. Every round is one `LLM.generate` call.
+"lora": folder or null, "sleep": level before it}]}. Every round is one `LLM.generate` call.
 """
 
 from __future__ import annotations
@@ -43,11 +43,21 @@ def kvpca_samples() -> dict[str, float]:
     return samples
 
 
+def nap(llm: LLM, level: int) -> None:
+    """Sleep and wake up as vLLM's documentation says for level 2."""
+    llm.sleep(level=level)
+    llm.wake_up(tags=["weights"])
+    llm.collective_rpc("reload_weights")
+    llm.wake_up(tags=["kv_cache"])
+
+
 def main() -> None:
     job = json.load(sys.stdin)
     llm = LLM(disable_log_stats=False, **job["llm"])
     rounds = []
     for spec in job["rounds"]:
+        if spec.get("sleep"):
+            nap(llm, spec["sleep"])
         lora = LoRARequest("adapter", 1, spec["lora"]) if spec.get("lora") else None
         outputs = llm.generate(
             [{"prompt_token_ids": ids} for ids in spec["prompts"]],

@@ -272,3 +272,33 @@ def test_the_largest_values_come_back_finite(name, dtype, device):
         k, v = torch.full((2, 32, 1, 64), float("nan"), device=device, dtype=dtype)
         op.expand(step, group, none, LayerCache(recent, filled, codec), k, v)
         assert k.isfinite().all() and v.isfinite().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", list(FORMATS))
+def test_a_captured_step_serves_every_later_one(name, device):
+    """Padding, no work, one step, the first crossing: captured while all is padding, replayed."""
+    policy = Policy(500, 0, 160)
+    starts = [0, 0, 0, 0, 480, 640, 0, 800]
+    lengths = [0, 1, 500, 501, 640, 641, 2000, 960]
+    sequences = [
+        (max(0, n - 1), min(n, 1), start) for n, start in zip(lengths, starts, strict=True)
+    ]
+    case = make_case(name, torch.bfloat16, policy, sequences, 4, 128, device)
+    step = case.step
+    changing = (step.query_start, step.lengths, step.starts, step.busy)
+    saved = [x.clone() for x in changing]
+    for x in changing:
+        x.zero_()
+    case.archive()  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        case.archive()
+    assert (case.actual == 0x77).all()
+    for x, values in zip(changing, saved, strict=True):
+        x.copy_(values)
+    graph.replay()
+    cache = LayerCache(case.recent, case.wanted, case.codec)
+    reference.archive(step, case.tokens, cache)
+    assert_same_codes(case.actual, case.wanted, case.codec)
