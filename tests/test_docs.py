@@ -104,6 +104,16 @@ def test_the_architecture_page_names_every_room():
     assert [room.name for room in rooms if f" {room.name}/ " not in text] == []
 
 
+def test_nobody_is_sent_to_a_name_on_an_index_that_is_not_ours():
+    """Until the package is published, somebody else could take its name: README says where it is
+    to be had from, and the other pages link there."""
+    install = re.compile(r"pip install (?!--)[^\n`]*")
+    found = {page.name: install.findall(FENCED.sub("", page.read_text())) for page in PAGES}
+    commands = [command for name, lines in found.items() for command in lines]
+    assert not [command for command in commands if re.search(r"vllm-kvpca(?!\[)", command)]
+    assert [line.split()[2] for line in found["README.md"]].count(".") == 1
+
+
 def test_images_are_small():
     images = list((ROOT / "docs" / "images").iterdir())
     assert images and sum(path.stat().st_size for path in images) < 2e6

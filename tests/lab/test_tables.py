@@ -137,6 +137,30 @@ def test_the_codec_study_has_a_table_for_each_group(make):
         table("codec-signed", records)
 
 
+def test_which_preset_joins_what_two_records_say(make):
+    """Loss and ratio come from the study of the codec, speed from the kernels' record."""
+    signed = {"k": "identity 1:8", "v": "hadamard 1:4 signed", "first_tokens_raw": 0}
+    studies = [
+        make(
+            kind="codec-study",
+            slug=slug,
+            predicted_tokens=tokens,
+            results={"rows": [ROW | signed | {"group": "signed", "perplexity_change": loss}]},
+        )
+        for slug, tokens, loss in (("short", 10, 0.5), ("long", 40, 0.0067))
+    ]
+    row = {"shape": "16x16384", "microseconds": 1.0}
+    timed = [row | {"contender": "k8v4", "against_fa3_bf16": 2.004}]
+    kernels = make(kind="kernels", slug="k", model="shaped", results={"rows": timed})
+    lines = table("which-preset", [*studies, kernels], "m").splitlines()
+    rows = [line for line in lines if line.startswith("| `")]
+    assert rows == ["| `k8v4`, any model | 2.56x (3.76x) | +0.67% (+0.87% to +1.40%) | 2.00x |"]
+    assert any(line.startswith("m on cpu") for line in lines)
+    assert any(line.startswith("shaped on cpu") for line in lines)
+    with pytest.raises(OptionsError, match="vllm-kvpca bench kernels"):
+        table("which-preset", studies)
+
+
 def test_tune_says_what_was_chosen_among_what(make):
     formats = {
         name: {

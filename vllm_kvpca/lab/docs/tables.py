@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vllm_kvpca.errors import OptionsError
+from vllm_kvpca.lab.docs import which_preset
 from vllm_kvpca.lab.measurements import (
     calibration,
     capacity,
@@ -60,7 +61,9 @@ _MEASUREMENTS = (
     tune,
 )
 TABLES: dict[str, Table] = {
-    name: table for measurement in _MEASUREMENTS for name, table in measurement.TABLES.items()
+    name: table
+    for module in (*_MEASUREMENTS, which_preset)
+    for name, table in module.TABLES.items()
 }
 _MARKED = re.compile(
     r"(<!-- table:(?P<kind>[a-z-]+)(?: (?P<model>\S+))? -->\n).*?(<!-- /table -->)", re.DOTALL
