@@ -6,8 +6,13 @@ rounding must not change a token, so stock vLLM is the reference of every format
 
 from __future__ import annotations
 
+import json
+import urllib.request
+
 import pytest
 from engines import GREEDY, assert_same_tokens, model, run
+
+from .server import API_KEY, NAME, POLICY, Server
 
 pytestmark = pytest.mark.e2e
 
@@ -57,3 +62,27 @@ def test_answers_are_those_of_stock(prompts, stock, preset):
     assert metrics["kvpca_request_archived_tokens_count"] == 2 * len(prompts)
     assert result["free_blocks"] == result["usable_blocks"]
     assert metrics["kvpca_kv_cache_bytes/raw"] == metrics["kvpca_kv_cache_bytes/archived"] == 0
+
+
+def test_a_server_answers_counts_and_tells(server: Server):
+    """`vllm serve`: the second of two equal requests hits the prefix cache and gets the same
+    answer, and the figures arrive from the engine's process."""
+    sentence = "Boris lives in Lima and walks to the harbour every morning to look at the ships. "
+    prompt = sentence * 40 + "Boris lives in"
+    with server.client() as client:
+        answers = [
+            client.completions.create(model=NAME, prompt=prompt, max_tokens=8, temperature=0)
+            for _ in range(2)
+        ]
+    assert "Lima" in answers[0].choices[0].text
+    assert answers[0].choices[0].text == answers[1].choices[0].text
+    cold, again = (answer.usage.prompt_tokens_details for answer in answers)
+    assert (cold.cached_tokens if cold else 0) == 0 < again.cached_tokens
+    scrape = server.wait_until_idle()
+    archived = scrape.value("kvpca_archived_tokens_total")
+    assert archived >= POLICY.boundary(answers[0].usage.prompt_tokens) > 0
+    headers = {"Authorization": f"Bearer {API_KEY}"}
+    request = urllib.request.Request(f"{server.url}/kv_compression", headers=headers)
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        [engine] = json.loads(answer.read())["engines"]
+    assert engine["figures"]["archived_tokens"] == archived
