@@ -3,7 +3,7 @@
 Triton decides that when a kernel is decorated, its own library's when `triton` is first
 imported, and that may be anybody's import (transformers does it). So the kernels are
 imported here, before any test module. The variable is taken back, or every engine that a
-test starts would inherit it; tests/kernels sets it again while its tests run.
+test starts would inherit it; tests/ops sets it again while its tests run.
 """
 
 from __future__ import annotations

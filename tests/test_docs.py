@@ -52,7 +52,11 @@ SOURCES = [
 ]
 FENCED = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 PATH = re.compile(r"(?<![\w.~/:$<>{}*-])(?:[a-z_.][\w.-]*/)+[\w-]+\.(?:py|sh|md|toml)\b")
-FOLDER = re.compile(r"`((?:tests|benchmarks|deploy|docs|presets|vllm_kvpca|\.ci)/(?:[\w.-]+/)*)`")
+FOLDER = re.compile(
+    r"(?<![\w./~-])((?:tests|benchmarks|deploy|docs|presets|vllm_kvpca|\.ci)/[\w.-]*(?:/[\w.-]*)*)(?<!\.)(?![\w\\])"
+)
+NOT_HERE = {"vllm_kvpca/_presets", "presets/mine"}
+"""A folder of the wheel alone; a folder in an example."""
 ROOMS = {
     path.name for part in (ROOT, ROOT / "vllm_kvpca") for path in part.iterdir() if path.is_dir()
 }
@@ -61,7 +65,7 @@ ROOMS = {
 def named_paths(text: str) -> set[str]:
     """Paths of this repository that a text names, commands in fences (of records) left out."""
     text = FENCED.sub("", text)
-    return {match[0] for match in PATH.finditer(text)} | set(FOLDER.findall(text))
+    return ({match[0] for match in PATH.finditer(text)} | set(FOLDER.findall(text))) - NOT_HERE
 
 
 def is_there(path: str, beside: Path) -> bool:
