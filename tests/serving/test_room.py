@@ -76,7 +76,7 @@ def fit(config: VllmConfig, memory: int, full: int = LAYERS, sliding: int = 0) -
     specs = specs_of(config, full, sliding)
     arguments = [config, [specs], [memory]]
     if "global_kv_cache_groups" in inspect.signature(core.get_kv_cache_configs).parameters:
-        arguments.append(core.get_kv_cache_groups(config, specs))
+        arguments.append(core.get_global_kv_cache_groups(config, [specs]))
     (found,) = core.get_kv_cache_configs(*arguments)
     return found
 
