@@ -24,12 +24,17 @@ def teacher_forced(preset):
     return run(rounds, preset, **limits)["rounds"][0][0]
 
 
+LOSS = 0.007
+"""Nats per token. This text costs k8v4 0.0004. Over 40,960 tokens it is 0.0005, with a 95 % interval
+of 0.0011 to either side (docs/results.md), which is 0.0064 over these 1,200."""
+
+
 def test_archiving_everything_keeps_the_model_s_predictions():
-    """Mean log-likelihood of a text, every token archived: k8v4 within 3 % of stock."""
+    """Mean log-likelihood of a text, every token archived: k8v4 against stock."""
     stock, archived = teacher_forced(None), teacher_forced(EVERYTHING)
     difference = mean_nll(archived) - mean_nll(stock)
     assert difference != 0, "nothing was archived"
-    assert abs(difference) < 0.03 * mean_nll(stock)
+    assert abs(difference) < LOSS
 
 
 def test_three_tensor_parallel_ranks_answer_like_one():
