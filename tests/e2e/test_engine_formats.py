@@ -25,8 +25,8 @@ def teacher_forced(preset):
 
 
 LOSS = 0.007
-"""Nats per token. This text costs k8v4 0.0004. Over 40,960 tokens it is 0.0005, with a 95 % interval
-of 0.0011 to either side (docs/results.md), which is 0.0064 over these 1,200."""
+"""Nats per token. This text costs k8v4 0.0004. Over 40,960 tokens it is 0.0005, give or take 0.0011
+(95 %, docs/results.md): 0.0064 over these 1,200."""
 
 
 def test_archiving_everything_keeps_the_model_s_predictions():
