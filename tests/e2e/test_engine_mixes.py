@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 from engines import GREEDY, assert_same_tokens, run
-from mixes import full_and_sliding, prompts
+from mixes import full_and_sliding, prompts, two_head_shapes
 
 pytestmark = pytest.mark.e2e
 
@@ -35,3 +35,17 @@ def test_full_and_sliding_layers(tmp_path, full, sliding):
     assert result["free_blocks"] == result["usable_blocks"]
     assert result["log"].count("compressed full attention") == 1
     assert f"{full} compressed full attention, {sliding} left to vLLM" in result["log"]
+
+
+def test_heads_of_two_shapes(tmp_path):
+    """Pages of layers with fewer heads get larger blocks: two pairs with other block sizes."""
+    model = two_head_shapes(tmp_path / "model", [2, 4, 2, 4, 4, 2])
+    stock = ask(model, None, 2, trust_remote_code=True)["rounds"]
+    for preset in (RAW, {**RAW, "preset": "k8v8"}):
+        result = ask(model, preset, 2, trust_remote_code=True)
+        assert len({size for kind, _, size in result["groups"] if kind == "RecentSpec"}) == 2
+        if preset is RAW:
+            assert_same_tokens(stock[0], result["rounds"][0])
+        assert_same_tokens(result["rounds"][0], result["rounds"][1])
+        assert min(answer["cached"] for answer in result["rounds"][1]) > 0
+        assert result["free_blocks"] == result["usable_blocks"]

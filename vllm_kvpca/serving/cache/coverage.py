@@ -69,7 +69,7 @@ def log_coverage(vllm_config: Any, groups: Sequence[KVCacheGroupSpec]) -> None:
         UnsupportedError: groups that do not come in pairs.
     """
     find_pairs(groups)
-    kinds: Counter[str] = Counter()
+    kinds: Counter[str] = Counter({"compressed full attention": 0})
     archives: dict[ArchiveSpec, None] = {}
     for group in groups:
         spec = group.kv_cache_spec
