@@ -102,7 +102,10 @@ from transformers import LlamaConfig
 
 
 class Block(dict):
-    __getattr__ = dict.__getitem__
+    def __getattr__(self, name):
+        if name in self:
+            return self[name]
+        raise AttributeError(name)
 
 
 class DeciLMConfig(LlamaConfig):

@@ -10,6 +10,7 @@ from vllm_kvpca.lab import against_stock, teacher_forced, texts
 from vllm_kvpca.lab.measurements import (
     block_life,
     capacity,
+    chat,
     divergence,
     identity,
     quality,
@@ -108,6 +109,12 @@ def test_random_prompts_are_repeatable():
 
 def test_capacity_ratio():
     assert capacity.compare({"tokens": 100}, {"tokens": 250})["ratio"] == 2.5
+
+
+def test_chat_reuse_is_a_share_of_all_prompt_tokens():
+    stock = {"prompts": [100, 300], "reused": [0, 200]}
+    results = chat.compare(stock, {"prompts": [100, 300], "reused": [0, 180]})
+    assert (results["reused_stock"], results["reused"]) == (0.5, 0.45)
 
 
 def test_block_life_in_mib():

@@ -145,6 +145,32 @@ def capacity(
 
 
 @app.command()
+def chat(
+    model: Model,
+    preset: Preset,
+    question: Annotated[int, typer.Option(help="Tokens of each question.")] = 200,
+    answer: Annotated[int, typer.Option(help="Tokens of each answer.")] = 100,
+    kv_gib: KvGib = 1,
+    compress_after: CompressAfter = 512,
+    keep_recent: KeepRecent = 256,
+    seed: Seed = 0,
+    output: Output = RECORDS,
+) -> None:
+    """Prompt tokens that the prefix cache spares in a chat of 8 turns, against stock."""
+    from vllm_kvpca.lab.measurements.chat import run
+
+    more = {"compress_after": compress_after, "keep_recent": keep_recent, "seed": seed}
+    records = run(model, preset, question, answer, kv_gib, **more)
+    write(
+        records,
+        output,
+        lambda results: (
+            f"{100 * results['reused']:.1f} % reused against {100 * results['reused_stock']:.1f} %"
+        ),
+    )
+
+
+@app.command()
 def memory(
     model: Model,
     format: Annotated[list[str], typer.Option(help="Format; give it once for each.")] = [  # noqa: B006

@@ -18,6 +18,7 @@ from vllm_kvpca.lab.docs import which_preset
 from vllm_kvpca.lab.measurements import (
     calibration,
     capacity,
+    chat,
     codec_study,
     divergence,
     engine_bench,
@@ -42,6 +43,7 @@ from vllm_kvpca.lab.table import Table, render
 _MEASUREMENTS = (
     calibration,
     capacity,
+    chat,
     codec_study,
     divergence,
     engine_bench,
