@@ -47,5 +47,7 @@ def test_heads_of_two_shapes(tmp_path):
         if preset is RAW:
             assert_same_tokens(stock[0], result["rounds"][0])
         assert_same_tokens(result["rounds"][0], result["rounds"][1])
-        assert min(answer["cached"] for answer in result["rounds"][1]) > 0
+        block = max(size for kind, _, size in result["groups"] if kind == "RecentSpec")
+        for length, answer in zip(LENGTHS, result["rounds"][1], strict=True):
+            assert length - 1 - block < answer["cached"] < length
         assert result["free_blocks"] == result["usable_blocks"]
