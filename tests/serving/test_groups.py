@@ -41,9 +41,9 @@ THRESHOLDS = [(256, 128), (0, 0), (300, 0), (512, 512)]
 CELLS = [
     (name, THRESHOLDS[(row + lag) % len(THRESHOLDS)], lag)
     for row, name in enumerate(MIXES)
-    for lag in (0, 1, 2)
+    for lag in {row % 3, (row + 1) % 3}
 ]
-"""Each mix with three of the thresholds, each of these with every number of steps in flight."""
+"""Each mix with two of the numbers of steps in flight, and every number with all thresholds."""
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -123,7 +123,7 @@ def test_the_smallest_pool_that_vllm_accepts_serves_the_longest_sequence(name, l
         engine.shut_down()
 
 
-@pytest.mark.parametrize("name", MIXES)
+@pytest.mark.parametrize("name", ["40+104", "three pairs", "two head shapes", "a window"])
 def test_without_prefix_caching(name):
     engine = run(name, (256, 128), lag=1, reserve=False, caching=False)
     assert engine.counts["hits"] == 0
