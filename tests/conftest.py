@@ -55,7 +55,7 @@ def mark_each_vllm(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.each_vllm)
 
 
-KERNELS = ("starts.kernel", "store.kernel", "archive.kernel", "expand.kernel", "attend.kernel")
+KERNELS = ("locate.kernel", "store.kernel", "archive.kernel", "expand.kernel", "attend.kernel")
 
 
 def import_interpreted() -> None:

@@ -60,10 +60,9 @@ class SetupError(KvpcaError):
 def install_extra(name: str) -> str:
     """The command that adds an optional part of this package to the environment it runs in.
 
-    pip takes what is installed already, from a clone as well as from a wheel, and only adds what
-    the extra names.
+    The package is on no index yet: once it is, its name takes the place of the clone here.
     """
-    return f'pip install "vllm-kvpca[{name}]"'
+    return f'pip install ".[{name}]" in a clone of vllm-kvpca'
 
 
 class OutputError(KvpcaError):

@@ -89,7 +89,7 @@ def test_what_needs_them_says_how_to_install_them(found, name, output):
     code, stderr, _ = found[name]
     assert code == 1
     [sentence] = stderr.strip().splitlines()
-    wanted = f'error: {MISSING[name]}; install with: pip install "vllm-kvpca[lab]"'
+    wanted = f'error: {MISSING[name]}; install with: pip install ".[lab]" in a clone of vllm-kvpca'
     assert sentence == wanted
     assert not (output / name).exists()
 

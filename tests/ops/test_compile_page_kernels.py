@@ -38,7 +38,7 @@ def launch(shapes: Shapes) -> None:
     """Every kernel, with small tensors."""
     from vllm_kvpca.ops.archive.kernel import archive
     from vllm_kvpca.ops.expand.kernel import expand
-    from vllm_kvpca.ops.starts.kernel import locate
+    from vllm_kvpca.ops.locate.kernel import locate
     from vllm_kvpca.ops.store.kernel import store
 
     heads, policy = 2, Policy(128, 64, 48)

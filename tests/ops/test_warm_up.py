@@ -5,8 +5,6 @@ Triton's own compiler is asked, for a GPU that is not there (see compiling.py).
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from compiling import compile_in_subprocess
@@ -14,6 +12,7 @@ from kernel_cases import make_codec, make_plan, make_table
 
 from vllm_kvpca.ops.attend.softmax import Softmax
 from vllm_kvpca.ops.layer_cache import LayerCache
+from vllm_kvpca.ops.table import kernels
 from vllm_kvpca.pages.boundary import Policy
 from vllm_kvpca.pages.step_plan import StepTokens, group_prefills
 
@@ -35,12 +34,6 @@ def make_layer():
     decode = make_workspace(64, HEADS, KV_HEADS, HEAD_DIM, 400, torch.device("cpu"))
     plan = make_plan(codec, RAW_BLOCK, POLICY)
     return plan, codec, AttendWorkspace(decode, key, value, lambda *args: None)
-
-
-def kernels():
-    from vllm_kvpca.ops.table import ops_for
-
-    return ops_for(SimpleNamespace(type="cuda"))
 
 
 def warm() -> None:

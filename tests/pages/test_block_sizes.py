@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_kvpca.errors import LayoutError
-from vllm_kvpca.pages import PagePlan, plan_pages, raw_token_bytes
+from vllm_kvpca.pages import BlockSizes, choose_blocks, raw_token_bytes
 from vllm_kvpca.pages.block_sizes import decoding_blocks, peak_raw_blocks
 from vllm_kvpca.pages.boundary import Policy
 from vllm_kvpca.preset import FORMATS, Preset
@@ -15,9 +15,9 @@ from vllm_kvpca.preset import FORMATS, Preset
 DEFAULTS = {"compress_after": 512, "keep_recent": 256}
 
 
-def plan_of(name: str, head_dim: int, **changes) -> PagePlan:
+def plan_of(name: str, head_dim: int, **changes) -> BlockSizes:
     content = Preset(name, FORMATS[name]).layout(head_dim).content_bytes
-    return plan_pages(raw_token_bytes(head_dim), content, **(DEFAULTS | changes))
+    return choose_blocks(raw_token_bytes(head_dim), content, **(DEFAULTS | changes))
 
 
 @settings(deadline=None, max_examples=50)
@@ -29,7 +29,7 @@ def plan_of(name: str, head_dim: int, **changes) -> PagePlan:
 def test_an_archive_block_fits_the_page_and_steps_are_whole_blocks(head_dim, percent, after):
     raw = raw_token_bytes(head_dim)
     archived = raw * percent // 100
-    plan = plan_pages(raw, archived, compress_after=after, keep_recent=after // 2)
+    plan = choose_blocks(raw, archived, compress_after=after, keep_recent=after // 2)
     assert plan.archive_block * archived <= plan.page_bytes_per_head(raw)
     assert plan.raw_block % 8 == 0 and plan.archive_block % 8 == 0
     assert plan.raw_block <= plan.archive_block == plan.align
@@ -38,9 +38,9 @@ def test_an_archive_block_fits_the_page_and_steps_are_whole_blocks(head_dim, per
 
 @pytest.mark.parametrize(("head_dim", "k8v4"), [(64, (32, 80)), (128, (40, 104))])
 def test_known_choices(head_dim, k8v4):
-    assert plan_of("raw", head_dim) == PagePlan(32, 32)
-    assert plan_of("k8v4", head_dim) == PagePlan(*k8v4)
-    assert plan_of("k8v8", head_dim) == PagePlan(64, 120)
+    assert plan_of("raw", head_dim) == BlockSizes(32, 32)
+    assert plan_of("k8v4", head_dim) == BlockSizes(*k8v4)
+    assert plan_of("k8v8", head_dim) == BlockSizes(64, 120)
 
 
 @pytest.mark.parametrize("name", ["k8v8", "k8v4", "v-hadamard-mixed"])

@@ -45,6 +45,7 @@ def test_scaled_pages_hold_that_many_times_the_tokens():
         {"dtype": torch.float16},
         {"raw_block": 40},
         {"archive_block": 88},
+        {"kv_heads": 2},
         {"model": "b"},
         {"streams": (make_plan().streams[0], replace(make_plan().streams[1], basis="pca:0"))},
         {

@@ -30,7 +30,7 @@ from vllm_kvpca.codec.bands import Band
 from vllm_kvpca.ops.archive.reference import moves_of
 from vllm_kvpca.ops.attend.buckets import Bucket, buckets
 from vllm_kvpca.ops.table import REFERENCE, make_step
-from vllm_kvpca.pages.block_sizes import PagePlan, peak_blocks
+from vllm_kvpca.pages.block_sizes import BlockSizes, peak_blocks
 from vllm_kvpca.pages.boundary import Policy
 from vllm_kvpca.pages.layer_plan import LayerPlan, Stream
 from vllm_kvpca.pages.step_plan import StepPlan
@@ -49,7 +49,7 @@ class ShadowError(AssertionError):
 
 
 def make_specs(
-    plan: PagePlan, compress_after: int, keep_recent: int, batches: int = 1
+    plan: BlockSizes, compress_after: int, keep_recent: int, batches: int = 1
 ) -> tuple[RecentSpec, ArchiveSpec]:
     """Specs of both groups for a page plan; their pages have equal bytes."""
     # Few bytes, so that any archive block fits: no page is ever filled here.
@@ -79,7 +79,7 @@ class Mix:
         windows: (tokens per block, sliding window) of each group beside them.
     """
 
-    pairs: tuple[PagePlan, ...]
+    pairs: tuple[BlockSizes, ...]
     windows: tuple[tuple[int, int], ...] = ()
 
     @property

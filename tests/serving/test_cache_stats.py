@@ -14,7 +14,7 @@ from prometheus_client import REGISTRY
 
 from vllm_kvpca.metrics import METRICS
 from vllm_kvpca.ops.layer_codec import LayerCodec
-from vllm_kvpca.pages.block_sizes import PagePlan
+from vllm_kvpca.pages.block_sizes import BlockSizes
 from vllm_kvpca.pages.layout import raw_token_bytes
 from vllm_kvpca.serving.observe import stats as cache_stats
 from vllm_kvpca.serving.observe.stat_logger import KvpcaStatLogger
@@ -25,11 +25,11 @@ from vllm_kvpca.serving.step.archive_layer import ArchiveLayer
 from .shadow import HEAD_SIZE, Engine, Mix, Sequence, make_specs, pool_for, random_traffic
 
 LONGEST = 776
-ONE_PAIR = Mix((PagePlan(32, 80),))
+ONE_PAIR = Mix((BlockSizes(32, 80),))
 MIXES = {
     "one pair": ONE_PAIR,
-    "two pairs": Mix((PagePlan(32, 80), PagePlan(32, 80))),
-    "two head shapes and a window": Mix((PagePlan(32, 80), PagePlan(40, 104)), ((32, 100),)),
+    "two pairs": Mix((BlockSizes(32, 80), BlockSizes(32, 80))),
+    "two head shapes and a window": Mix((BlockSizes(32, 80), BlockSizes(40, 104)), ((32, 100),)),
 }
 
 
@@ -186,7 +186,7 @@ def test_archive_time_is_that_of_one_layer_times_the_layers():
 
 def archive_layer(context) -> ArchiveLayer:
     """A layer as attach_archive adds it to an engine's layers."""
-    _, spec = make_specs(PagePlan(32, 80), 256, 128)
+    _, spec = make_specs(BlockSizes(32, 80), 256, 128)
     codec = LayerCodec(spec.plan.archive, None, torch.eye(8)[None], torch.bfloat16)
     layer = ArchiveLayer(spec, codec, 1, timer_of(context))
     context[f"layer.{len(context)}"] = layer

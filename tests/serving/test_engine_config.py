@@ -11,9 +11,11 @@ from vllm.platforms.interface import Platform, PlatformEnum
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
 from vllm_kvpca.errors import UnsupportedError
+from vllm_kvpca.preset import FORMATS, save_preset
 from vllm_kvpca.serving.adapters import engine_config
 from vllm_kvpca.serving.adapters.hooks import BACKEND_PATH
 from vllm_kvpca.serving.log import logger
+from vllm_kvpca.serving.settings.options import cached_preset
 
 
 def engine_args(preset: str, model: str = "a-model") -> SimpleNamespace:
@@ -81,3 +83,12 @@ def test_auto_says_so_where_the_model_s_configuration_cannot_be_read(tmp_path, b
     [line] = [line for line in lines if "cannot be read" in line]
     assert str(tmp_path) in line
     assert "Name a preset" in line
+
+
+def test_a_later_engine_gets_the_preset_that_is_in_the_folder_now(tmp_path, backend):
+    """Layers share one loaded preset, but not with engines made before it was written anew."""
+    for name in ("k8v4", "k8v8"):
+        save_preset(tmp_path, FORMATS[name], {}, "card")
+        with pytest.raises(AssertionError, match="own method"):
+            configure(engine_args(str(tmp_path)))
+        assert cached_preset(str(tmp_path)).config.format == name

@@ -13,7 +13,7 @@ import random
 import pytest
 import torch
 
-from vllm_kvpca.pages.block_sizes import PagePlan, decoding_blocks
+from vllm_kvpca.pages.block_sizes import BlockSizes, decoding_blocks
 from vllm_kvpca.pages.boundary import Policy
 from vllm_kvpca.serving.cache.managers import ArchiveManager, RecentManager
 
@@ -21,7 +21,7 @@ from .shadow import Engine, Mix, pool_for, random_traffic
 
 
 def mix(*pairs: tuple[int, int], windows: tuple[tuple[int, int], ...] = ()) -> Mix:
-    return Mix(tuple(PagePlan(*sizes) for sizes in pairs), windows)
+    return Mix(tuple(BlockSizes(*sizes) for sizes in pairs), windows)
 
 
 MIXES = {

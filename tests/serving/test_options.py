@@ -36,7 +36,7 @@ from vllm_kvpca.serving.settings.options import (
     model_shape,
 )
 from vllm_kvpca.serving.settings.refusals import check_engine
-from vllm_kvpca.serving.step.layers import local_kv_heads
+from vllm_kvpca.serving.step.attach import local_kv_heads
 
 # --- parsing --------------------------------------------------------------------------------
 

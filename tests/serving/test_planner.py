@@ -6,12 +6,12 @@ from types import SimpleNamespace
 
 import torch
 
-from vllm_kvpca.pages.block_sizes import PagePlan
+from vllm_kvpca.pages.block_sizes import BlockSizes
 from vllm_kvpca.serving.step.plan import StepPlanner
 
 from .shadow import make_specs
 
-PLAN = PagePlan(32, 80)
+PLAN = BlockSizes(32, 80)
 
 
 def planner(max_model_len: int = 4096, chunks: object = None) -> StepPlanner:

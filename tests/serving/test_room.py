@@ -22,7 +22,7 @@ from vllm_kvpca.serving.cache.pairs import ARCHIVE_SUFFIX
 from vllm_kvpca.serving.cache.specs import ArchiveSpec, RecentSpec
 from vllm_kvpca.serving.register import register
 from vllm_kvpca.serving.settings.options import CompressionOptions
-from vllm_kvpca.serving.step.layers import layer_plan
+from vllm_kvpca.serving.step.attach import layer_plan
 
 LAYERS, KV_HEADS, HEAD_DIM = 30, 3, 64
 MEMORY = 45_000_000
@@ -54,10 +54,11 @@ def configure(folder: Path, max_model_len: int, **arguments) -> VllmConfig:
 
 def specs_of(config: VllmConfig, full: int, sliding: int) -> dict:
     """The cache specs of all layers, as the workers report them."""
-    layer = SimpleNamespace(head_size=HEAD_DIM, kv_cache_torch_dtype=torch.bfloat16)
+    shape = {"num_kv_heads": KV_HEADS, "head_size": HEAD_DIM}
+    layer = SimpleNamespace(kv_cache_torch_dtype=torch.bfloat16, **shape)
     options = CompressionOptions.of(config)
     plan = layer_plan(config, options, Preset("k8v4", FORMATS["k8v4"]), layer)
-    shape = {"num_kv_heads": KV_HEADS, "head_size": HEAD_DIM, "dtype": torch.bfloat16}
+    shape |= {"dtype": torch.bfloat16}
     batches = config.max_concurrent_batches
     recent = RecentSpec(block_size=plan.raw_block, planned=plan, batches=batches, **shape)
     archive = ArchiveSpec(block_size=plan.archive_block, planned=plan, **shape)

@@ -29,7 +29,7 @@ from paged import (
 from vllm_kvpca.ops.attend.softmax import Softmax
 from vllm_kvpca.ops.layer_cache import LayerCache
 from vllm_kvpca.ops.layer_codec import LayerCodec
-from vllm_kvpca.ops.table import REFERENCE, Ops, make_step
+from vllm_kvpca.ops.table import REFERENCE, kernels, make_step
 from vllm_kvpca.pages.layer_plan import LayerPlan
 from vllm_kvpca.pages.step_plan import StepPlan, StepTokens, group_prefills
 from vllm_kvpca.serving.step.run import run_step
@@ -63,18 +63,6 @@ def causal_attention(query, key, value, group, softmax, out):
         hidden = torch.ones(new, length, device=q.device).triu(length - new + 1).bool()
         weights = scores.masked_fill(hidden, -1e30).softmax(-1)
         out[rows] = (weights @ v.repeat_interleave(GROUP, 0)).transpose(0, 1).to(out.dtype)
-
-
-def kernels() -> Ops:
-    """Triton's, whatever the device."""
-    pytest.importorskip("triton")
-    from vllm_kvpca.ops.archive.kernel import archive
-    from vllm_kvpca.ops.attend.kernel import attend
-    from vllm_kvpca.ops.expand.kernel import expand
-    from vllm_kvpca.ops.starts.kernel import locate
-    from vllm_kvpca.ops.store.kernel import store
-
-    return Ops(locate, store, archive, expand, attend)
 
 
 @dataclass

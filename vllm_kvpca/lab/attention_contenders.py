@@ -15,7 +15,7 @@ from vllm_kvpca.lab.presets import random_preset
 from vllm_kvpca.ops.attend.softmax import Softmax
 from vllm_kvpca.ops.layer_cache import LayerCache
 from vllm_kvpca.ops.layer_codec import LayerCodec
-from vllm_kvpca.pages.block_sizes import plan_pages
+from vllm_kvpca.pages.block_sizes import choose_blocks
 from vllm_kvpca.pages.layer_plan import LayerPlan
 from vllm_kvpca.pages.layout import raw_token_bytes
 from vllm_kvpca.pages.step_plan import StepTokens
@@ -238,7 +238,7 @@ def _layer(name: str, shape: Shape, device: torch.device) -> tuple[LayerPlan, La
     """Plan and codec of a layer that stores its cache by this preset."""
     preset = _preset(name.removesuffix(ALL_ARCHIVED), shape)
     after, kept = (0, 0) if name.endswith(ALL_ARCHIVED) else (512, 256)
-    blocks = plan_pages(
+    blocks = choose_blocks(
         raw_token_bytes(shape.head_dim),
         preset.layout(shape.head_dim).content_bytes,
         compress_after=after,

@@ -17,7 +17,7 @@ from vllm_kvpca.hf_cache import load_preset_cache
 from vllm_kvpca.lab import presets
 from vllm_kvpca.lab.engine import STOCK, EngineSettings
 from vllm_kvpca.pages import raw_token_bytes
-from vllm_kvpca.pages.block_sizes import plan_pages
+from vllm_kvpca.pages.block_sizes import choose_blocks
 from vllm_kvpca.pages.boundary import Policy
 from vllm_kvpca.preset import load_preset
 
@@ -51,7 +51,7 @@ def policy_of(settings: EngineSettings) -> Policy:
     """What a served engine with these settings follows, if all its layers have full attention."""
     head_dim = presets.head_dim(settings.model)
     after, recent = settings.compress_after, settings.keep_recent
-    plan = plan_pages(
+    plan = choose_blocks(
         raw_token_bytes(head_dim),
         load_preset(settings.preset).layout(head_dim).content_bytes,
         compress_after=after,

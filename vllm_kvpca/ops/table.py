@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -11,8 +12,8 @@ from vllm_kvpca.ops.attend import reference as attend_reference
 from vllm_kvpca.ops.attend.softmax import Softmax
 from vllm_kvpca.ops.expand import reference as expand_reference
 from vllm_kvpca.ops.layer_cache import LayerCache
+from vllm_kvpca.ops.locate import reference as locate_reference
 from vllm_kvpca.ops.positions import ranges, table_slots
-from vllm_kvpca.ops.starts import reference as starts_reference
 from vllm_kvpca.ops.store import reference as store_reference
 from vllm_kvpca.pages.layer_plan import LayerPlan
 from vllm_kvpca.pages.step_plan import PrefillGroup, StepPlan, StepTokens
@@ -68,7 +69,7 @@ class Ops(NamedTuple):
 
 
 REFERENCE = Ops(
-    starts_reference.locate,
+    locate_reference.locate,
     store_reference.store,
     archive_reference.archive,
     expand_reference.expand,
@@ -78,13 +79,17 @@ REFERENCE = Ops(
 
 def ops_for(device: torch.device) -> Ops:
     """What computes on a device: Triton's kernels on a GPU, torch elsewhere."""
-    if device.type != "cuda":
-        return REFERENCE
+    return REFERENCE if device.type != "cuda" else kernels()
+
+
+@cache  # every layer asks in every step
+def kernels() -> Ops:
+    """Triton's, which also run in its interpreter."""
     # Triton is at home where there is a GPU; elsewhere it need not be installed.
     from vllm_kvpca.ops.archive.kernel import archive
     from vllm_kvpca.ops.attend.kernel import attend
     from vllm_kvpca.ops.expand.kernel import expand
-    from vllm_kvpca.ops.starts.kernel import locate
+    from vllm_kvpca.ops.locate.kernel import locate
     from vllm_kvpca.ops.store.kernel import store
 
     return Ops(locate, store, archive, expand, attend)

@@ -33,7 +33,7 @@ AS_GOOD = 1.01
 
 
 @dataclass(frozen=True)
-class PagePlan:
+class BlockSizes:
     """Tokens per raw block and per archive block, which is never smaller."""
 
     raw_block: int
@@ -87,21 +87,21 @@ def decoding_blocks(policy: Policy, raw_block: int, max_model_len: int) -> int:
     return max(sum(held_blocks(policy, raw_block, n)) for n in lengths)
 
 
-def peak_blocks(plan: PagePlan, policy: Policy, max_model_len: int, batches: int = 1) -> int:
+def peak_blocks(plan: BlockSizes, policy: Policy, max_model_len: int, batches: int = 1) -> int:
     """Blocks that a pool must have so that one sequence can always go on."""
     archive = -(-policy.boundary(max_model_len) // plan.archive_block)
     return archive + peak_raw_blocks(policy, plan.raw_block, max_model_len, batches)
 
 
 @lru_cache(maxsize=64)  # every layer asks
-def plan_pages(
+def choose_blocks(
     raw_bytes: int,
     archive_bytes: int,
     *,
     compress_after: int,
     keep_recent: int,
     raw_blocks: tuple[int, ...] = RAW_BLOCKS,
-) -> PagePlan:
+) -> BlockSizes:
     """The pair of block sizes in which sequences take the fewest bytes.
 
     Args:
@@ -112,7 +112,7 @@ def plan_pages(
     Raises:
         LayoutError: no candidate works.
     """
-    costs: dict[PagePlan, float] = {}
+    costs: dict[BlockSizes, float] = {}
     for plan in _candidates(raw_bytes, archive_bytes, raw_blocks):
         policy = Policy(compress_after, keep_recent, plan.align)
         blocks = [decoding_blocks(policy, plan.raw_block, n) / n for n in LENGTHS]
@@ -129,9 +129,9 @@ def plan_pages(
 
 def _candidates(
     raw_bytes: int, archive_bytes: int, raw_blocks: Iterable[int]
-) -> Iterator[PagePlan]:
+) -> Iterator[BlockSizes]:
     for raw_block in raw_blocks:
         most = raw_block * raw_bytes // archive_bytes
         for archive_block in range(BLOCK_STEP, most + 1, BLOCK_STEP):
             if archive_block >= raw_block:
-                yield PagePlan(raw_block, archive_block)
+                yield BlockSizes(raw_block, archive_block)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 
@@ -49,6 +49,7 @@ class LayerPlan:
         dtype: of raw tokens and of 16-bit bands.
         raw_block, archive_block: tokens per block; pages of both have equal bytes.
         compress_after, keep_recent: tokens; see pages.boundary.
+        kv_heads: of one rank; a page holds them all.
         model: what says whose tokens these are.
     """
 
@@ -58,6 +59,7 @@ class LayerPlan:
     archive_block: int
     compress_after: int
     keep_recent: int
+    kv_heads: int = 1
     model: str = ""
 
     @property
@@ -85,6 +87,7 @@ class LayerPlan:
         """One head's part of a page of either tier, padding included."""
         return self.raw_block * self.raw_token_bytes
 
+    @lru_cache(64)  # noqa: B019  # plans are few, and every spec asks often
     def scaled(self, factor: int) -> LayerPlan:
         """The plan with pages of `factor` times as many bytes."""
         if factor == 1:
@@ -104,6 +107,7 @@ class LayerPlan:
             "streams": [asdict(stream) for stream in self.streams],
             "dtype": str(self.dtype),
             "blocks": [self.raw_block, self.archive_block],
+            "kv_heads": self.kv_heads,
             "model": self.model,
         }
         return hashlib.sha256(json.dumps(meaning, sort_keys=True).encode()).hexdigest()[:16]

@@ -3,11 +3,11 @@
 A page is what vLLM's block pool hands out: for one layer and one block, the bytes of all
 local KV heads, head after head. Both cache groups use pages of equal size.
 
-Recent page (group R), per head: `raw_block` tokens, each K then V in the model's dtype.
+Recent page (recent tier), per head: `raw_block` tokens, each K then V in the model's dtype.
 
     token 0: K[head_dim] V[head_dim] | token 1: K V | ...
 
-Archive page (group C), per head: four regions, so that a kernel reads each with wide aligned
+Archive page (archive tier), per head: four regions, so that a kernel reads each with wide aligned
 loads:
 
     | K codes [N, k_code_bytes] | V codes [N / 8, v_codes, 8] | K scales [N, k_scales] bf16

@@ -117,7 +117,7 @@ def group_prefills(
 ) -> tuple[PrefillGroup, ...]:
     """Groups of neighbouring sequences, from sequence `first` on, of at most `room` tokens each.
 
-    A sequence without context needs no room: it attends to its own new tokens.
+    A group without any context needs no room: its sequences attend to their own new tokens.
 
     Args:
         query_start: first new token of each sequence, and their end; exact, on the host.

@@ -74,6 +74,12 @@ def preset_folder(name: str | os.PathLike[str]) -> Path | None:
             )
         return shipped[text]
     if folder is not None and _has_separator(text):
+        if _is_repository(text):
+            _logger.warning(
+                "Preset %s is the folder of that name, not a repository of the Hub: write ./%s to "
+                "mean the folder.",
+                *(text, text),
+            )
         return folder
     hint = f"There is a folder of that name: write ./{text} to take it. " if folder else ""
     known = f"{hint}Known names: {', '.join(shipped)}. Or give a folder or a Hub repository "
@@ -132,8 +138,13 @@ def _has_separator(name: str) -> bool:
     return name in (".", "..") or name.startswith("~") or any(one in name for one in separators)
 
 
+def _is_repository(name: str) -> bool:
+    """Whether a name could be one of the Hub's."""
+    return _HUB_NAME.fullmatch(name) is not None and not name.startswith(".")
+
+
 def _download(name: str, known: str) -> Path:
-    if not _HUB_NAME.fullmatch(name) or name.startswith("."):
+    if not _is_repository(name):
         raise PresetNotFound(f"there is no preset {name!r}. {known}")
     repository, _, revision = name.partition("@")
     try:

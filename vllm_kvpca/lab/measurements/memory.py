@@ -11,7 +11,7 @@ from typing import Any
 
 from vllm_kvpca.errors import OptionsError
 from vllm_kvpca.lab.record import Record, make_record
-from vllm_kvpca.pages import ArchiveLayout, plan_pages, raw_token_bytes
+from vllm_kvpca.pages import ArchiveLayout, choose_blocks, raw_token_bytes
 from vllm_kvpca.pages.block_sizes import held_blocks
 from vllm_kvpca.pages.boundary import Policy
 from vllm_kvpca.preset.formats import CALIBRATED_FORMATS, FORMATS
@@ -63,7 +63,7 @@ def _row(
     layout = format_layout(name, head_dim)
     raw = raw_token_bytes(head_dim)
     after, recent = thresholds.compress_after, thresholds.keep_recent
-    plan = plan_pages(raw, layout.content_bytes, compress_after=after, keep_recent=recent)
+    plan = choose_blocks(raw, layout.content_bytes, compress_after=after, keep_recent=recent)
     policy = Policy(after, recent, plan.align)
     block = plan.page_bytes_per_head(raw) * heads
     held = [held_blocks(policy, plan.raw_block, n) for n in lengths]

@@ -17,7 +17,7 @@ from vllm_kvpca.codec.basis import ROTATED_RANGE
 from vllm_kvpca.ops.band_table import check_last_dim, checked_basis, code_rows, layout_constants
 from vllm_kvpca.ops.dependent_launch import follow_previous, launch_options, overlaps
 from vllm_kvpca.ops.layer_cache import LayerCache
-from vllm_kvpca.ops.starts.kernel import boundary
+from vllm_kvpca.ops.locate.kernel import boundary
 from vllm_kvpca.pages.boundary import Policy
 from vllm_kvpca.pages.step_plan import StepPlan, StepTokens
 

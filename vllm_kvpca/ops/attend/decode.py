@@ -1,9 +1,9 @@
 """Decode attention on a GPU: one new token per sequence over archive, recent and itself.
 
-Once per step, list_chunks lists chunks of the two caches (decode_chunks). Then, in every
-layer, split-KV programs attend to a chunk each (decode_split), and one kernel merges a
+Once per step, list_chunks lists chunks of the two caches (chunks). Then, in every
+layer, split-KV programs attend to a chunk each (split), and one kernel merges a
 sequence's chunks, rotates V's components back to head space, once per query head, and adds
-the new token (decode_merge). With a basis for K, queries are rotated before (decode_rotate).
+the new token (merge). With a basis for K, queries are rotated before (rotate).
 The host reads nothing back and its launches depend on shapes alone, so all of it can be
 captured in a CUDA graph.
 """

@@ -72,7 +72,7 @@ def merge_kernel(
 
     Args:
         basis: (kv_heads, DIM, DIM) float32, V's, any strides; WIDTH is DIM as a power of two.
-        spans: see decode_chunks.
+        spans: see chunks.
         STEP: chunks read at a time. DROPPED: columns that no chunk has written.
     """
     sequence = tl.program_id(0)

@@ -292,7 +292,7 @@ def split_kernel(
     Args:
         query: (batch, heads, DIM); rotated: the same for archived K, other strides.
         recent, pages: bytes; strides in bytes. Tables: int32, their rows' strides.
-        chunks: see decode_chunks. score_scale: softmax scale, times log2(e) without cap.
+        chunks: see chunks. score_scale: softmax scale, times log2(e) without cap.
         A_*, R_*: `Part` of the archive and of the recent pages, and tokens at a time.
         EARLY: let the merge be launched at once, or when a program has attended; see `launches`.
     """

@@ -39,7 +39,7 @@ def store(step: StepPlan, tokens: StepTokens, cache: LayerCache) -> None:
         HEADS=heads,
         HEAD_DIM=head_dim,
         WIDTH=triton.next_power_of_2(head_dim),
-        RAW_BLOCK=recent.shape[2],
+        RAW_BLOCK=step.layer.raw_block,
         ROWS=TILE_ROWS,
         OVERLAP=overlaps(),
         **launch_options(overlaps()),

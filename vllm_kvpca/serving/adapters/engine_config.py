@@ -42,6 +42,7 @@ def _prepare(engine_args: Any) -> Any:
         served = args.served_model_name
         names = [args.model, *([served] if isinstance(served, str) else served or [])]
         options = options.resolved(names, _text_config(args))
+    cached_preset.cache_clear()  # a folder may hold another preset than for an earlier engine
     preset = cached_preset(options.preset)
     args.additional_config = {**args.additional_config, KEY: options.model_dump()}
     _use_our_backend(args.attention_config)

@@ -20,6 +20,10 @@ from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, MambaSpe
 from vllm_kvpca.serving.cache.pairs import find_pairs
 from vllm_kvpca.serving.cache.prefix_hits import PairSearch, agreed
 from vllm_kvpca.serving.cache.specs import ArchiveSpec
+from vllm_kvpca.serving.log import logger
+
+COARSE = 1024
+"""Tokens; hits in larger steps spare few requests anything."""
 
 
 def is_compressed(groups: Sequence[KVCacheGroupSpec]) -> bool:
@@ -44,6 +48,12 @@ class PairCoordinator(HybridKVCacheCoordinator):
         self._as_vllm = any(isinstance(g.kv_cache_spec, MambaSpec) for g in others)
         self._others_step = math.lcm(*(g.kv_cache_spec.block_size for g in others))
         super().__init__(kv_cache_config, **kwargs)
+        if self._as_vllm and self.enable_caching and self._cache_hit_alignment_tokens > COARSE:
+            logger.warning(
+                "Prefix-cache hits come in steps of %d tokens beside Mamba layers: requests reuse "
+                "little of each other. Serve without --kv-compression-preset if prefixes matter.",
+                self._cache_hit_alignment_tokens,
+            )
 
     @property
     def _cache_hit_alignment_tokens(self) -> int:

@@ -54,8 +54,8 @@ def explained(vllm_config: Any) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        if override is None:
-            raise
+        if override is None or "max seq len" not in str(error):
+            raise  # of another cause
         raise OptionsError(
             f"{error} --num-gpu-blocks-override {override} leaves {override - 1} KV cache blocks: "
             "raise it or drop it, or lower --max-model-len."

@@ -65,7 +65,7 @@ class _GroupManager(SingleTypeKVCacheManager):
 
 
 class RecentManager(_GroupManager):
-    """Blocks of group R: allocated for the tail of a step only, freed below the boundary."""
+    """Blocks of a recent group: allocated for a step's tail only, freed below the boundary."""
 
     def __init__(self, kv_cache_spec: RecentSpec, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, **kwargs)
@@ -176,7 +176,7 @@ class RecentManager(_GroupManager):
 
 
 class ArchiveManager(_GroupManager):
-    """Blocks of group C: allocated up to the boundary, held until the request ends."""
+    """Blocks of the archive group: allocated up to the boundary, held until the request ends."""
 
     def __init__(self, kv_cache_spec: ArchiveSpec, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, **kwargs)

@@ -151,7 +151,7 @@ async def kv_compression(request: Request) -> Any:
 def answer(
     model_name: str, options: CompressionOptions, preset: Preset, engines: dict[int, dict]
 ) -> KvCompression:
-    """The answer from the options and each engine's `cache_stats.engine_status`."""
+    """The answer from the options and each engine's `stats.engine_status`."""
     status = next(iter(engines.values()))
     head_dim = status["head_dim"]
     layout = preset.layout(head_dim)

@@ -28,7 +28,8 @@ def kv_metrics(llm: Any) -> dict[str, Any]:
 
     engine = getattr(llm, "llm_engine", llm)
     client = getattr(engine, "engine_core", None)
-    if client is None:
+    in_process = getattr(client, "engine_core", None)
+    if client is None or not (in_process or hasattr(client, "call_utility")):
         raise UnsupportedError(
             f"kv_metrics takes a vllm.LLM, not {type(llm).__name__}; a server answers "
             "GET /kv_compression."
@@ -38,7 +39,6 @@ def kv_metrics(llm: Any) -> dict[str, Any]:
             "this engine does not compress: make it with "
             'additional_config={"kv_compression": {"preset": NAME_OR_PATH}}.'
         )
-    in_process = getattr(client, "engine_core", None)
     if in_process is not None:
         status = in_process.kvpca_status()
     else:

@@ -7,16 +7,63 @@ them owns the archive spec.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.v1.attention.backend import AttentionBackend, MultipleOf
+from vllm.v1.kv_cache_interface import KVCacheLayout
 
+from vllm_kvpca.ops.attend.softmax import Softmax
 from vllm_kvpca.ops.layer_cache import LayerCache
 from vllm_kvpca.ops.layer_codec import LayerCodec
+from vllm_kvpca.pages.block_sizes import BLOCK_STEP
 from vllm_kvpca.pages.layer_plan import LayerPlan
 from vllm_kvpca.serving.cache.specs import ArchiveSpec
 from vllm_kvpca.serving.observe.times import ArchiveTimer
+from vllm_kvpca.serving.step.builder import KvpcaMetadataBuilder
+
+
+class PagedBackend(AttentionBackend):
+    """What vLLM needs to know of our pages, of either tier."""
+
+    forward_includes_kv_cache_update = True
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.bfloat16, torch.float16]
+    supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto", "bfloat16", "float16"]
+
+    @staticmethod
+    def get_name() -> str:
+        # A name of our own would be unknown to spawned processes, which unpickle the
+        # configuration before they load plugins.
+        return "CUSTOM"
+
+    @staticmethod
+    def get_builder_cls() -> type[KvpcaMetadataBuilder]:
+        return KvpcaMetadataBuilder
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
+        return [MultipleOf(BLOCK_STEP)]
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        # Each head's part of a page must be one run of bytes (pages.layout).
+        return (KVCacheLayout.LBHNC, KVCacheLayout.BLHNC)
+
+    @classmethod
+    def supports_kv_connector(cls) -> bool:
+        return False
+
+
+class CompressedImpl:
+    """An attention implementation of ours, as the rest of this room knows it."""
+
+    archive: ArchiveLayer | None = None
+    softmax: Softmax
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    vllm_config: Any
 
 
 class ArchiveLayer(torch.nn.Module, AttentionLayerBase):
@@ -53,10 +100,8 @@ class ArchiveLayer(torch.nn.Module, AttentionLayerBase):
         """Query heads, KV heads on this rank, and head_dim."""
         return self.num_heads, self.spec.num_kv_heads, self.plan.head_dim
 
-    def get_attn_backend(self) -> Any:
-        from vllm_kvpca.serving.step.backend import ArchiveBackend
-
-        return ArchiveBackend
+    def get_attn_backend(self) -> type[PagedBackend]:
+        return PagedBackend
 
     def get_kv_cache_spec(self, vllm_config: Any) -> ArchiveSpec:
         return self.spec

@@ -14,12 +14,12 @@ from vllm_kvpca.ops.attend.softmax import Softmax
 from vllm_kvpca.ops.table import ops_for
 from vllm_kvpca.pages.step_plan import StepTokens
 from vllm_kvpca.serving.cache.pairs import ARCHIVE_SUFFIX
-from vllm_kvpca.serving.step.archive_layer import ArchiveLayer
-from vllm_kvpca.serving.step.layers import attach_archive
+from vllm_kvpca.serving.step.archive_layer import CompressedImpl
+from vllm_kvpca.serving.step.attach import attach_archive
 from vllm_kvpca.serving.step.run import run_step
 
 
-class KvpcaAttentionImpl(AttentionImpl):
+class KvpcaAttentionImpl(CompressedImpl, AttentionImpl):
     """Attention of one layer; the work itself is in the ops."""
 
     def __init__(
@@ -52,7 +52,6 @@ class KvpcaAttentionImpl(AttentionImpl):
         self.kv_cache_dtype = kv_cache_dtype
         self.softmax = Softmax(float(scale), logits_soft_cap or None)
         self.vllm_config = get_current_vllm_config()
-        self.archive: ArchiveLayer | None = None
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         # Weights may be loaded again; the second cache owner is attached once.

@@ -45,10 +45,10 @@ def compile_kernels(
         max_sequences: of a step.
     """
     bases = codec.k_basis is None, codec.v_basis is None
-    kind = (replace(plan, model=""), *bases, heads, kv_heads, softmax.soft_cap is None)
+    shape = (heads, kv_heads, softmax.soft_cap is None, max_sequences)
+    kind = (replace(plan, model=""), *bases, *shape)
     if kind in _done:
         return
-    _done.add(kind)
     device, dim = workspace.key.device, plan.head_dim
     workspace = replace(workspace, causal_attention=lambda *args: None)
     recent = torch.zeros(2, kv_heads, plan.raw_block, 2 * dim, dtype=plan.dtype, device=device)
@@ -56,11 +56,12 @@ def compile_kernels(
     for batch in BATCHES:
         if batch <= max_sequences:
             step = _step(plan, batch, make_chunks(workspace.decode, max_sequences), ops, device)
-            shape = (len(step.slots), heads + 2 * kv_heads, dim)
-            qkv = torch.zeros(shape, dtype=plan.dtype, device=device)
+            rows = (len(step.slots), heads + 2 * kv_heads, dim)
+            qkv = torch.zeros(rows, dtype=plan.dtype, device=device)
             query, key, value = qkv.split([heads, kv_heads, kv_heads], 1)
             tokens = StepTokens(query, key, value, torch.empty_like(query))
             run_step(step, tokens, LayerCache(recent, pages, codec), softmax, ops, workspace)
+    _done.add(kind)
 
 
 def _step(plan: LayerPlan, batch: int, chunks: Any, ops: Ops, device: torch.device) -> StepPlan:

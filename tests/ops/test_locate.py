@@ -8,10 +8,10 @@ import pytest
 import torch
 from kernel_cases import busy_list, make_codec, make_plan, step_tensors
 
-from vllm_kvpca.ops.starts import reference
+from vllm_kvpca.ops.locate import reference
 from vllm_kvpca.pages.boundary import Policy
 
-kernel = pytest.importorskip("vllm_kvpca.ops.starts.kernel", exc_type=ImportError)
+kernel = pytest.importorskip("vllm_kvpca.ops.locate.kernel", exc_type=ImportError)
 
 RAW_BLOCK = 32
 POLICY = Policy(300, 40, 80)

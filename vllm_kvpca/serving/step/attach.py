@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import TYPE_CHECKING, Any
+from functools import cache
+from typing import Any
 
 import torch
 from vllm.distributed import (
@@ -16,24 +17,25 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
 
-from vllm_kvpca.errors import UnsupportedError
+from vllm_kvpca.errors import PresetMismatch, UnsupportedError
 from vllm_kvpca.ops.layer_codec import LayerCodec
-from vllm_kvpca.pages.block_sizes import RAW_BLOCKS, PagePlan, plan_pages
+from vllm_kvpca.pages.block_sizes import RAW_BLOCKS, BlockSizes, choose_blocks
 from vllm_kvpca.pages.layer_plan import LayerPlan
 from vllm_kvpca.pages.layout import raw_token_bytes
-from vllm_kvpca.preset import Preset
+from vllm_kvpca.preset import FORMATS, Preset
 from vllm_kvpca.serving.cache.pairs import ARCHIVE_SUFFIX
 from vllm_kvpca.serving.cache.specs import ArchiveSpec, RecentSpec
+from vllm_kvpca.serving.log import logger
 from vllm_kvpca.serving.observe.times import timer_of
 from vllm_kvpca.serving.platform import device_kind
 from vllm_kvpca.serving.settings.options import CompressionOptions, cached_preset
-from vllm_kvpca.serving.step.archive_layer import ArchiveLayer
+from vllm_kvpca.serving.step.archive_layer import ArchiveLayer, CompressedImpl
 
-if TYPE_CHECKING:
-    from vllm_kvpca.serving.step.attention import KvpcaAttentionImpl
+_NOT_THE_MODEL = ("transformers_version", "torch_dtype", "dtype")
+"""Keys of a configuration that are no part of the model; the dtype has its own place in a plan."""
 
 
-def attach_archive(impl: KvpcaAttentionImpl, vllm_config: Any) -> ArchiveLayer:
+def attach_archive(impl: CompressedImpl, vllm_config: Any) -> ArchiveLayer:
     """Give a layer its two cache specs and register its archive with vLLM.
 
     Raises:
@@ -83,22 +85,26 @@ def layer_plan(
     vllm_config: Any, options: CompressionOptions, preset: Preset, layer: Any
 ) -> LayerPlan:
     """The plan of a layer, before vLLM equalizes pages with layers of other kinds."""
-    head_size = layer.head_size
-    blocks = page_plan(vllm_config, options, preset.layout(head_size).content_bytes, head_size)
+    blocks = block_sizes(vllm_config, options, preset, layer)
     return LayerPlan(
-        streams=preset.streams(head_size),
+        streams=preset.streams(layer.head_size),
         dtype=layer.kv_cache_torch_dtype,
         raw_block=blocks.raw_block,
         archive_block=blocks.archive_block,
         compress_after=options.compress_after,
         keep_recent=options.keep_recent,
+        kv_heads=layer.num_kv_heads,
         model=config_digest(vllm_config.model_config.hf_text_config),
     )
 
 
 def config_digest(config: Any) -> str:
-    """Of a model's configuration, wherever it was read from."""
-    values = {key: value for key, value in config.to_dict().items() if not key.startswith("_")}
+    """Of a model's configuration, wherever and by whichever transformers it was read."""
+    values = {
+        key: value
+        for key, value in config.to_dict().items()
+        if not key.startswith("_") and key not in _NOT_THE_MODEL
+    }
     text = json.dumps(values, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -106,10 +112,7 @@ def config_digest(config: Any) -> str:
 def _layer_codec(
     preset: Preset, name: str, layer: Any, vllm_config: Any, plan: LayerPlan
 ) -> LayerCodec:
-    total = vllm_config.model_config.get_total_num_kv_heads()
-    heads = local_kv_heads(
-        total, get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
-    )
+    heads = _heads(preset, name, layer, vllm_config)
     index = extract_layer_index(name)
     device = torch.device(current_platform.device_type)
     bases = {}
@@ -119,6 +122,28 @@ def _layer_codec(
     return LayerCodec(plan.archive, dtype=plan.dtype, **bases)
 
 
+def _heads(preset: Preset, name: str, layer: Any, vllm_config: Any) -> list[int]:
+    """Global indices of the layer's KV heads on this rank.
+
+    Raises:
+        PresetMismatch: fitted bases for a layer whose heads are not the model's own.
+    """
+    model = vllm_config.model_config
+    heads = local_kv_heads(
+        model.get_total_num_kv_heads(),
+        get_tensor_model_parallel_rank(),
+        get_tensor_model_parallel_world_size(),
+    )
+    alike = len(heads) == layer.num_kv_heads and layer.head_size == model.get_head_size()
+    if alike or not preset.config.calibrated:
+        return heads if alike else list(range(layer.num_kv_heads))
+    raise PresetMismatch(
+        f"layer {name} has {layer.num_kv_heads} KV heads of {layer.head_size} on this rank, others "
+        f"of the model have {len(heads)} of {model.get_head_size()}: preset {preset.name!r} has "
+        f"bases of one shape only. Use a calibration-free format ({', '.join(FORMATS)})."
+    )
+
+
 def local_kv_heads(total: int, rank: int, world: int) -> list[int]:
     """Global indices of the KV heads that vLLM puts on one tensor-parallel rank."""
     if total >= world:
@@ -126,32 +151,57 @@ def local_kv_heads(total: int, rank: int, world: int) -> list[int]:
     return [rank // (world // total)]
 
 
-def page_plan(
-    vllm_config: Any, options: CompressionOptions, archive_bytes: int, head_size: int
-) -> PagePlan:
-    """Block sizes of both groups. A block size that the user asks for is the raw block's; with
-    other kinds of layers it is a multiple of theirs, so that vLLM can equalize the pages by
-    giving them larger blocks."""
-    cache = vllm_config.cache_config
-    context = vllm_config.compilation_config.static_forward_context
+def block_sizes(
+    vllm_config: Any, options: CompressionOptions, preset: Preset, layer: Any
+) -> BlockSizes:
+    """Block sizes of both groups, before vLLM equalizes pages.
+
+    A block size that the user asks for is the raw block's. Beside other kinds of layers it is a
+    multiple of theirs, so that vLLM can equalize the pages by giving them larger blocks; of
+    compressed layers of several shapes, the one with the largest pages decides for all.
+    """
+    chosen = vllm_config.cache_config
+    layers = vllm_config.compilation_config.static_forward_context.values()
     raw_blocks: tuple[int, ...] = RAW_BLOCKS
-    if cache.user_specified_block_size:
-        raw_blocks = (cache.block_size,)
-    elif any(_left_to_vllm(layer) for layer in context.values()):
-        multiples = tuple(size for size in RAW_BLOCKS if size % cache.block_size == 0)
-        raw_blocks = multiples or (cache.block_size,)
-    return plan_pages(
-        raw_token_bytes(head_size),
-        archive_bytes,
-        compress_after=options.compress_after,
-        keep_recent=options.keep_recent,
-        raw_blocks=raw_blocks,
+    if chosen.user_specified_block_size:
+        raw_blocks = (chosen.block_size,)
+    elif any(_left_to_vllm(other) for other in layers):
+        multiples = tuple(size for size in RAW_BLOCKS if size % chosen.block_size == 0)
+        raw_blocks = multiples or (chosen.block_size,)
+
+    def choose(head_size: int, raw_blocks: tuple[int, ...]) -> BlockSizes:
+        return choose_blocks(
+            raw_token_bytes(head_size),
+            preset.layout(head_size).content_bytes,
+            compress_after=options.compress_after,
+            keep_recent=options.keep_recent,
+            raw_blocks=raw_blocks,
+        )
+
+    ours = [layer, *(other for other in layers if is_compressed(other))]
+    sizes = {other.num_kv_heads * other.head_size: other.head_size for other in ours}
+    own, largest = layer.num_kv_heads * layer.head_size, max(sizes)
+    if any(largest % size for size in sizes):
+        _warn_of_padding(tuple(sorted(sizes)))
+    blocks = choose(sizes[largest], raw_blocks)
+    return blocks if own == largest else choose(layer.head_size, (blocks.raw_block,))
+
+
+@cache
+def _warn_of_padding(sizes: tuple[int, ...]) -> None:
+    logger.warning(
+        "Compressed layers of this model have %s values of K per token, which do not divide each "
+        "other: vLLM pads the pages of the smaller layers, and less memory is saved.",
+        " and ".join(map(str, sizes)),
     )
 
 
-def _left_to_vllm(layer: Any) -> bool:
-    from vllm_kvpca.serving.step.attention import KvpcaAttentionImpl
+def is_compressed(layer: Any) -> bool:
+    """Whether an attention layer is one of ours."""
+    return isinstance(getattr(layer, "impl", None), CompressedImpl)
 
+
+def _left_to_vllm(layer: Any) -> bool:
     if not isinstance(layer, AttentionLayerBase) or isinstance(layer, ArchiveLayer):
         return False
-    return not isinstance(getattr(layer, "impl", None), KvpcaAttentionImpl)
+    return not is_compressed(layer)
