@@ -10,15 +10,17 @@ from transformers import LlamaConfig
 from vllm.v1.kv_cache_interface import KVCacheGroupSpec, MambaSpec
 
 from vllm_kvpca.errors import PresetMismatch, UnsupportedError
+from vllm_kvpca.ops.layer_codec import LayerCodec
 from vllm_kvpca.pages.block_sizes import BlockSizes
 from vllm_kvpca.pages.layer_plan import LayerPlan
 from vllm_kvpca.preset import load_preset
 from vllm_kvpca.serving.cache import coverage
 from vllm_kvpca.serving.cache.pairs import ARCHIVE_SUFFIX
 from vllm_kvpca.serving.observe.llm import kv_metrics
+from vllm_kvpca.serving.observe.times import ArchiveTimer
 from vllm_kvpca.serving.settings.options import CompressionOptions
 from vllm_kvpca.serving.step import attach
-from vllm_kvpca.serving.step.archive_layer import CompressedImpl
+from vllm_kvpca.serving.step.archive_layer import ArchiveLayer, CompressedImpl
 
 from .shadow import make_specs
 
@@ -151,3 +153,34 @@ def test_figures_of_an_asynchronous_engine_are_refused_with_the_way_out():
     engine_client = SimpleNamespace(engine_core=SimpleNamespace(call_utility_async=None))
     with pytest.raises(UnsupportedError, match="a server answers GET /kv_compression"):
         kv_metrics(engine_client)
+
+
+def test_layers_of_a_shape_share_an_engine_s_workspace():
+    """And no other engine's, whose chunks a captured graph may still use."""
+    pytest.importorskip("triton")
+    from vllm_kvpca.serving.step.workspace import workspace_for
+
+    config = SimpleNamespace(
+        scheduler_config=SimpleNamespace(max_num_seqs=4),
+        model_config=SimpleNamespace(max_model_len=64),
+    )
+    _, spec = make_specs(BlockSizes(32, 80), 256, 128)
+    cpu, engines = torch.device("cpu"), []
+    for _ in range(2):
+        context: dict[str, ArchiveLayer] = {}
+        for name, heads in (("a", 3), ("b", 3), ("c", 6)):
+            impl = CompressedImpl()
+            impl.num_heads, impl.num_kv_heads, impl.head_size = heads, 1, 8
+            impl.vllm_config = config
+            archive = ArchiveLayer(
+                spec,
+                LayerCodec(spec.plan.archive, None, None, torch.bfloat16),
+                heads,
+                ArchiveTimer(),
+            )
+            archive.workspace = workspace_for(context, impl, torch.bfloat16, cpu, print)
+            context[name] = archive
+        engines.append([layer.workspace for layer in context.values()])
+    for a, b, c in engines:
+        assert a is b and a is not c
+    assert not {id(one) for one in engines[0]} & {id(one) for one in engines[1]}

@@ -69,11 +69,13 @@ def attach_archive(impl: CompressedImpl, vllm_config: Any) -> ArchiveLayer:
     # Below the layer, so that what looks after the model's buffers finds the bases.
     layer.add_module("kvpca_archive", archive)
     if device_kind() == "cuda":
-        from vllm_kvpca.serving.step.flash import flash_version
+        from vllm_kvpca.serving.step.flash import causal_attention, flash_version
         from vllm_kvpca.serving.step.workspace import workspace_for
 
         flash_version(layer.head_size, impl.softmax.soft_cap is not None)
-        archive.workspace = workspace_for(context, impl, plan.dtype)
+        archive.workspace = workspace_for(
+            context, impl, plan.dtype, torch.device("cuda"), causal_attention
+        )
     context[name + ARCHIVE_SUFFIX] = archive
     # vLLM splits kinds of layers into groups in this order: archives as their layers.
     for layer_name in [name for name in context if name + ARCHIVE_SUFFIX in context]:

@@ -9,25 +9,30 @@ from typing import Any
 import torch
 
 from vllm_kvpca.ops.attend.decode import make_workspace
-from vllm_kvpca.ops.attend.kernel import AttendWorkspace
-from vllm_kvpca.serving.step.archive_layer import ArchiveLayer
-from vllm_kvpca.serving.step.flash import causal_attention
+from vllm_kvpca.ops.attend.kernel import AttendWorkspace, CausalAttention
+from vllm_kvpca.serving.step.archive_layer import ArchiveLayer, CompressedImpl
 from vllm_kvpca.serving.step.plan import context_tokens
 
 
-def workspace_for(context: Mapping[str, Any], impl: Any, dtype: torch.dtype) -> AttendWorkspace:
+def workspace_for(
+    context: Mapping[str, Any],
+    impl: CompressedImpl,
+    dtype: torch.dtype,
+    device: torch.device,
+    causal_attention: CausalAttention,
+) -> AttendWorkspace:
     """The workspace of a layer: that of an earlier layer of the same shape, or a new one.
 
     Args:
         context: the engine's layers by name (static_forward_context).
-        impl: the layer's KvpcaAttentionImpl.
+        causal_attention: what serves prefill.
     """
     shape = (impl.num_heads, impl.num_kv_heads, impl.head_size)
     for layer in context.values():
         if isinstance(layer, ArchiveLayer) and (*layer.shape, layer.plan.dtype) == (*shape, dtype):
             return layer.workspace
     sequences = impl.vllm_config.scheduler_config.max_num_seqs
-    longest, device = context_tokens(impl.vllm_config), torch.device("cuda")
+    longest = context_tokens(impl.vllm_config)
     key, value = torch.empty(2, longest, *shape[1:], dtype=dtype, device=device)
     return AttendWorkspace(
         decode=make_workspace(sequences, *shape, longest, device),
