@@ -11,62 +11,29 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
 
 from vllm_kvpca.errors import OptionsError
+from vllm_kvpca.lab import measurements
 from vllm_kvpca.lab.docs import which_preset
-from vllm_kvpca.lab.measurements import (
-    calibration,
-    capacity,
-    chat,
-    codec_study,
-    divergence,
-    engine_bench,
-    identity,
-    kernels,
-    key_bias,
-    layouts,
-    load,
-    memory_limited,
-    metrics_overhead,
-    needle,
-    quality,
-    quality_transformers,
-    soak,
-    tasks,
-    throughput,
-    tune,
-)
 from vllm_kvpca.lab.record import Record
 from vllm_kvpca.lab.table import Table, render
 
-_MEASUREMENTS = (
-    calibration,
-    capacity,
-    chat,
-    codec_study,
-    divergence,
-    engine_bench,
-    identity,
-    kernels,
-    key_bias,
-    layouts,
-    load,
-    memory_limited,
-    metrics_overhead,
-    needle,
-    quality,
-    quality_transformers,
-    soak,
-    tasks,
-    throughput,
-    tune,
-)
-TABLES: dict[str, Table] = {
-    name: table
-    for module in (*_MEASUREMENTS, which_preset)
-    for name, table in module.TABLES.items()
-}
+
+def _tables() -> dict[str, Table]:
+    """The tables of every measurement, and the one that is put together from several."""
+    names = (module.name for module in iter_modules(measurements.__path__))
+    modules = [import_module(f"{measurements.__name__}.{name}") for name in names]
+    return {
+        name: table
+        for module in (*modules, which_preset)
+        for name, table in getattr(module, "TABLES", {}).items()
+    }
+
+
+TABLES = _tables()
 _MARKED = re.compile(
     r"(<!-- table:(?P<kind>[a-z-]+)(?: (?P<model>\S+))? -->\n).*?(<!-- /table -->)", re.DOTALL
 )
