@@ -318,10 +318,10 @@ def test_archived_tokens_are_counted_once_and_never_fall(scrapes: list[Scrape], 
     last = 200 + 270 - 1  # the last token of an answer is never computed
     assert one[-1].value("kvpca_archived_tokens_total") == POLICY.boundary(last)
     # Of the two that share a prompt the second, of 100 tokens more, archives only what it has
-    # not found archived.
+    # not found archived: its prompt up to the boundary, with the raw tokens behind it.
     cold = sum(POLICY.boundary(length + count - 1) for length, count in SEVERAL)
     shared = SEVERAL[-1][0]
-    cold += POLICY.boundary(shared + 100 - 1) - (shared - 1) // HIT_STEP * HIT_STEP
+    cold += POLICY.boundary(shared + 100 - 1) - POLICY.boundary(shared)
     assert counts[-1] - POLICY.boundary(last) == cold
 
 

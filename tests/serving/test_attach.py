@@ -150,7 +150,11 @@ def test_only_a_small_pool_is_blamed_on_the_number_of_blocks():
 
 
 def test_figures_of_an_asynchronous_engine_are_refused_with_the_way_out():
-    engine_client = SimpleNamespace(engine_core=SimpleNamespace(call_utility_async=None))
+    options = {"kv_compression": {"preset": "k8v4"}}
+    engine_client = SimpleNamespace(
+        engine_core=SimpleNamespace(call_utility_async=None),
+        vllm_config=SimpleNamespace(additional_config=options),
+    )
     with pytest.raises(UnsupportedError, match="a server answers GET /kv_compression"):
         kv_metrics(engine_client)
 

@@ -29,15 +29,15 @@ def kv_metrics(llm: Any) -> dict[str, Any]:
     engine = getattr(llm, "llm_engine", llm)
     client = getattr(engine, "engine_core", None)
     in_process = getattr(client, "engine_core", None)
+    if client is not None and not asks_for_compression(engine.vllm_config):
+        raise UnsupportedError(
+            "this engine does not compress: make it with "
+            'additional_config={"kv_compression": {"preset": NAME_OR_PATH}}.'
+        )
     if client is None or not (in_process or hasattr(client, "call_utility")):
         raise UnsupportedError(
             f"kv_metrics takes a vllm.LLM, not {type(llm).__name__}; a server answers "
             "GET /kv_compression."
-        )
-    if not asks_for_compression(engine.vllm_config):
-        raise UnsupportedError(
-            "this engine does not compress: make it with "
-            'additional_config={"kv_compression": {"preset": NAME_OR_PATH}}.'
         )
     if in_process is not None:
         status = in_process.kvpca_status()
