@@ -30,7 +30,7 @@ from vllm_kvpca.codec.bands import Band
 from vllm_kvpca.ops.archive.reference import moves_of
 from vllm_kvpca.ops.attend.buckets import Bucket, buckets
 from vllm_kvpca.ops.table import REFERENCE, make_step
-from vllm_kvpca.pages.block_sizes import BlockSizes, peak_blocks
+from vllm_kvpca.pages.block_sizes import BlockSizes, peak_raw_blocks
 from vllm_kvpca.pages.boundary import Policy
 from vllm_kvpca.pages.layer_plan import LayerPlan, Stream
 from vllm_kvpca.pages.step_plan import StepPlan
@@ -538,6 +538,12 @@ class Engine:
             rows = -(-boundary // plan.archive_block)
             held = max(rows, hit_rows[2 * pair + 1], len(archive) - new_archive)
             assert len(archive) <= held, "archive block in vain"
+
+
+def peak_blocks(plan: BlockSizes, policy: Policy, max_model_len: int, batches: int = 1) -> int:
+    """Blocks that a pool must have so that one sequence can always go on."""
+    archive = -(-policy.boundary(max_model_len) // plan.archive_block)
+    return archive + peak_raw_blocks(policy, plan.raw_block, max_model_len, batches)
 
 
 def pool_for(mix: Mix, thresholds: tuple[int, int], longest: int, batches: int) -> int:

@@ -141,3 +141,21 @@ def record_of(kind: str, settings: EngineSettings, results: dict[str, Any]) -> R
     """A record of all engines that were measured."""
     chosen = settings.model_dump(exclude={"model", "seed", "preset"})
     return make_record(kind, ["bench"], settings.model, chosen, results, seed=settings.seed)
+
+
+def records(
+    kind: str,
+    measure: Callable[[EngineSettings], dict[str, Any]],
+    compare: Callable[[Results], dict[str, Any]],
+    names: Sequence[str],
+    settings: EngineSettings,
+) -> Iterator[Record]:
+    """A record after each engine, which holds all that were measured so far: a run that is cut
+    short leaves one of the others.
+
+    Args:
+        names: stock, stock-fp8, presets, or calibrated formats, which get random bases.
+    """
+    check(names, settings.model)
+    for results in each_engine(settings, names, measure):
+        yield record_of(kind, settings, compare(results))

@@ -87,12 +87,6 @@ def decoding_blocks(policy: Policy, raw_block: int, max_model_len: int) -> int:
     return max(sum(held_blocks(policy, raw_block, n)) for n in lengths)
 
 
-def peak_blocks(plan: BlockSizes, policy: Policy, max_model_len: int, batches: int = 1) -> int:
-    """Blocks that a pool must have so that one sequence can always go on."""
-    archive = -(-policy.boundary(max_model_len) // plan.archive_block)
-    return archive + peak_raw_blocks(policy, plan.raw_block, max_model_len, batches)
-
-
 @lru_cache(maxsize=64)  # every layer asks
 def choose_blocks(
     raw_bytes: int,

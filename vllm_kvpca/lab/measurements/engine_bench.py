@@ -35,10 +35,8 @@ def run(
     Args:
         names: stock, stock-fp8, presets, or calibrated formats, which get random bases.
     """
-    gpu_engines.check(names, model)
     settings = gpu_engines.settings_for(model, kv_gib, max_model_len, seed)
-    for results in gpu_engines.each_engine(settings, names, measure):
-        yield gpu_engines.record_of("engine", settings, compare(results))
+    return gpu_engines.records("engine", measure, compare, names, settings)
 
 
 def measure(settings: EngineSettings) -> dict[str, Any]:

@@ -34,10 +34,8 @@ def run(
     seed: int = 0,
 ) -> Iterator[Record]:
     """Records of kind "memory-limited", as engine_bench.run makes its own."""
-    gpu_engines.check(names, model)
     settings = gpu_engines.settings_for(model, kv_gib, max_model_len, seed)
-    for results in gpu_engines.each_engine(settings, names, measure):
-        yield gpu_engines.record_of("memory-limited", settings, compare(results))
+    return gpu_engines.records("memory-limited", measure, compare, names, settings)
 
 
 def measure(settings: EngineSettings) -> dict[str, Any]:
