@@ -12,7 +12,7 @@ help: ## this list
 setup: ## install vLLM, the plugin, the demo model and the tools into .venv
 	@deploy/local/setup.sh
 
-demo: setup ## serve SmolLM2-135M-Instruct compressed on http://127.0.0.1:$PORT (PORT=8000)
+demo: setup ## serve a model compressed on http://127.0.0.1:$PORT (PORT=8000 MODEL=smollm2 PRESET=k8v4)
 	@deploy/local/demo.sh
 
 test: setup ## run all tests

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Serves the demo model with a compressed KV cache; `make demo` sets the environment up first.
-# PORT, PRESET and EXTRA (more arguments for vllm serve) may be set.
+# MODEL (of `vllm-kvpca demo-model --help`), PORT, PRESET and EXTRA (more arguments for vllm serve)
+# may be set.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
-readonly NAME=SmolLM2-135M-Instruct
+readonly MODEL=${MODEL:-smollm2}
 readonly PORT=${PORT:-8000}
 readonly PRESET=${PRESET-k8v4}  # PRESET= serves without compression, to compare
 
@@ -31,8 +32,9 @@ HINT
 }
 
 port_is_free || fail "port $PORT is taken; free it, or choose another: make demo PORT=8001"
-model=$(.venv/bin/vllm-kvpca demo-model | tail -n 1) ||
-    fail "the demo model could not be converted; the message above says what to do."
+model=$(.venv/bin/vllm-kvpca demo-model "$MODEL" --install | tail -n 1) ||
+    fail "the demo model could not be had; the message above says what to do."
+readonly NAME=${model##*/}
 print_hint
 
 # The model is complete on disk: nothing is to be fetched. 2 GiB are plenty for its KV cache on a CPU.

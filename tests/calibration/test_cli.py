@@ -14,8 +14,8 @@ from typer.testing import CliRunner, Result
 from vllm_kvpca.calibration import resume
 from vllm_kvpca.calibration.card import MEASURED_ROW
 from vllm_kvpca.cli import calibrate as command
-from vllm_kvpca.cli import demo_model
 from vllm_kvpca.cli.main import app
+from vllm_kvpca.demo_models import folder as demo_models
 from vllm_kvpca.errors import OutputError
 from vllm_kvpca.preset import files, load_preset, save_preset
 from vllm_kvpca.preset.formats import CALIBRATED_FORMATS, FORMATS
@@ -265,10 +265,10 @@ def test_a_demo_model_on_a_full_disk_leaves_nothing(
         (target / "model.safetensors").write_bytes(b"123")
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(demo_model, "_find_parts", lambda model: [])
-    monkeypatch.setattr(demo_model, "_require", lambda *modules: None)
-    monkeypatch.setattr(demo_model, "_join", lambda parts, target, model, step: target)
-    monkeypatch.setattr(demo_model, "_convert", convert)
+    monkeypatch.setattr(demo_models, "_find_parts", lambda model: [])
+    monkeypatch.setattr(demo_models, "_require", lambda *modules: None)
+    monkeypatch.setattr(demo_models, "join", lambda parts, target, model, step: target)
+    monkeypatch.setattr(demo_models, "convert", convert)
     output = tmp_path / "models" / "demo"
     result = run("demo-model", "--output", output)
     assert_one_sentence(result, output)

@@ -4,8 +4,8 @@ import pytest
 from typer.testing import CliRunner
 
 from vllm_kvpca import __version__
-from vllm_kvpca.cli import demo_model
 from vllm_kvpca.cli.main import app
+from vllm_kvpca.demo_models import folder
 from vllm_kvpca.errors import SetupError
 
 
@@ -20,10 +20,10 @@ def test_version():
 
 
 def test_an_error_of_ours_is_its_message_alone(monkeypatch: pytest.MonkeyPatch):
-    def fail(*_):
+    def fail(*_, **__):
         raise SetupError("install [this] first")
 
-    monkeypatch.setattr(demo_model, "ensure", fail)
+    monkeypatch.setattr(folder, "ensure", fail)
     result = CliRunner().invoke(app, ["demo-model"])
     assert result.exit_code == 1
     assert result.stderr.strip() == "error: install [this] first"

@@ -29,7 +29,8 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from e2e.server import NAME, Server, free_port, serve  # noqa: E402
 
-from vllm_kvpca.cli.demo_model import ModelName, ensure  # noqa: E402
+from vllm_kvpca.demo_models.catalogue import ModelName  # noqa: E402
+from vllm_kvpca.demo_models.folder import ensure  # noqa: E402
 from vllm_kvpca.lab.dashboards import SELECTOR, panels  # noqa: E402
 from vllm_kvpca.lab.dashboards.panels import WINDOW, Panel  # noqa: E402
 

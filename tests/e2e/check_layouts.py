@@ -27,7 +27,8 @@ from e2e.engines import UNBOUND
 from e2e.server import COMPRESSED, NAME, POLICY, STOCK, Scrape, Server, serve
 from e2e.truth import contradictions, counters, engines, fallen, held, pools
 
-from vllm_kvpca.cli.demo_model import ModelName, ensure
+from vllm_kvpca.demo_models.catalogue import ModelName
+from vllm_kvpca.demo_models.folder import ensure
 from vllm_kvpca.lab.record import load_all, make_record
 from vllm_kvpca.metrics import all_series
 

@@ -10,7 +10,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from vllm_kvpca.cli.demo_model import ModelName, ensure
+from vllm_kvpca.demo_models.catalogue import ModelName
+from vllm_kvpca.demo_models.folder import ensure
 
 SCRIPT = Path(__file__).parent / "run_engine.py"
 GREEDY = {"temperature": 0, "ignore_eos": True}

@@ -19,7 +19,8 @@ from types import MappingProxyType
 from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 
-from vllm_kvpca.cli.demo_model import ModelName, ensure
+from vllm_kvpca.demo_models.catalogue import ModelName
+from vllm_kvpca.demo_models.folder import ensure
 from vllm_kvpca.pages.boundary import Policy
 
 NAME = "smol"

@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from vllm_kvpca.cli.demo_model import ModelName, ensure
+from vllm_kvpca.demo_models.catalogue import ModelName
+from vllm_kvpca.demo_models.folder import ensure
 from vllm_kvpca.lab.record import load_all
 
 pytestmark = pytest.mark.e2e

