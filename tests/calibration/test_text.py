@@ -123,12 +123,35 @@ def test_files_are_found_by_name_and_in_folders(tmp_path: Path, text_file: Path)
     ]
     with pytest.raises(CalibrationError, match=r"missing\.txt is not there"):
         text.find_texts([tmp_path / "missing.txt"])
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(CalibrationError, match=r"no \.txt file in .*empty"):
-        text.find_texts([text_file, tmp_path / "empty"])
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(CalibrationError, match="pipe is no regular file"):
         text.find_texts([tmp_path / "pipe"])
+
+
+def test_a_folder_stands_for_all_texts_in_it_and_below(tmp_path: Path):
+    names = ("z.txt", "b/2.txt", "b/1.TXT", "b/c/3.txt")
+    others = ("a.md", "b/picture.png", ".git/log.txt", "b/.4.txt")
+    for name in (*names, *others):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("the cat sat")
+    (tmp_path / "b" / "folder.txt").mkdir()
+    (tmp_path / "round").symlink_to(tmp_path)  # a circle
+    wanted = [tmp_path / name for name in ("b/1.TXT", "b/2.txt", "b/c/3.txt", "z.txt")]
+    assert text.find_texts([tmp_path]) == wanted
+    assert text.find_texts([tmp_path / "b" / "c", tmp_path]) == [
+        *(wanted[2], wanted[0], wanted[1], wanted[3]),
+    ]
+
+
+def test_a_folder_without_a_text_is_refused_with_what_is_there(tmp_path: Path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CalibrationError, match=r"empty is empty"):
+        text.find_texts([tmp_path / "empty"])
+    (tmp_path / "a.md").write_text("the cat sat")
+    (tmp_path / "Makefile").write_text("all:")
+    words = r"no \.txt file in .*, only \.md, Makefile: .* --text .*(a\.md|Makefile)"
+    with pytest.raises(CalibrationError, match=words):
+        text.find_texts([tmp_path])
 
 
 NO_TEXT = {

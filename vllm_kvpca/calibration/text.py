@@ -30,6 +30,10 @@ The entries of a second moment estimated from n samples are off by about 1/sqrt(
 its eigenvectors then lose a share of about d/n of what the best basis captures: 1 % at n = 100 d.
 Neighbouring tokens are not independent, so this is a floor; the default budget is far above it.
 """
+SUFFIX = ".txt"
+"""Of the files that a folder stands for; files given by name may have any."""
+SHOWN = 5
+"""Kinds of files that a refusal lists."""
 _WORD_END = re.compile(r".*\w(?=\s)", re.DOTALL)
 
 
@@ -45,7 +49,8 @@ class TextFile:
 def find_texts(paths: Sequence[Path]) -> list[Path]:
     """Text files by name, without repetitions; a folder stands for the .txt files in it.
 
-    Every command that reads text finds its files here.
+    Every command that reads text finds its files here. A folder is searched with its subfolders,
+    but not what is hidden there (names that begin with a dot), in the order of the paths.
 
     Raises:
         CalibrationError: a path that is not there, a folder without a .txt file, a file that is
@@ -53,14 +58,36 @@ def find_texts(paths: Sequence[Path]) -> list[Path]:
     """
     files: list[Path] = []
     for path in paths:
-        found = sorted(path.glob("*.txt")) if path.is_dir() else [path]
-        if not found:
-            raise CalibrationError(f"there is no .txt file in {path}.")
-        files += found
+        files += _in_folder(path) if path.is_dir() else [path]
     files = list({path.resolve(): path for path in files}.values())
     for path in files:
         check_text(path)
     return files
+
+
+def _in_folder(folder: Path) -> list[Path]:
+    """Its text files.
+
+    Raises:
+        CalibrationError: there are none, with what else is there.
+    """
+    files = [
+        path
+        for path in sorted(folder.rglob("*"))
+        if not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        and not path.is_dir()
+    ]
+    found = [path for path in files if path.suffix.lower() == SUFFIX]
+    if found:
+        return found
+    if not files:
+        raise CalibrationError(f"{folder} is empty: give --text a folder with .txt files.")
+    kinds = sorted({path.suffix or path.name for path in files})
+    listed = ", ".join(kinds[:SHOWN]) + (", ..." if len(kinds) > SHOWN else "")
+    raise CalibrationError(
+        f"there is no .txt file in {folder} or below, only {listed}: other files are taken by "
+        f"name, --text {files[0]}."
+    )
 
 
 def check_text(path: Path) -> None:
@@ -74,7 +101,9 @@ def check_text(path: Path) -> None:
     """
     if not path.is_file():
         what = "is no regular file" if path.exists() else "is not there"
-        raise CalibrationError(f"{path} {what}: give --text files of text or folders of .txt.")
+        raise CalibrationError(
+            f"{path} {what}: give --text files of text or folders of .txt files."
+        )
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     characters = wrong = 0
     with path.open("rb") as file:

@@ -29,7 +29,7 @@ from rich.table import Table
 from vllm_kvpca.errors import CalibrationError, OptionsError
 
 CONFIG_FILE = "config.json"
-TEXT_HELP = "Text file, or folder of .txt files; more may follow it: --text a b c."
+TEXT_HELP = "Text file, or folder with .txt files in it or below; more may follow it: --text a b c."
 UNFINISHED = "moments.safetensors"
 """Of a run that was cut off (calibration/resume.py)."""
 

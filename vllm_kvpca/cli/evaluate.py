@@ -22,7 +22,8 @@ app = typer.Typer(
 Model = Annotated[str, typer.Option(help="Model folder or Hub name.")]
 Preset = Annotated[list[str], typer.Option(help="Preset to measure; give it once for each.")]
 Text = Annotated[
-    list[Path], typer.Option(help="Text file, or folder of .txt files; give it once for each.")
+    list[Path],
+    typer.Option(help="Text file, or folder with .txt files in it or below; once for each."),
 ]
 Output = Annotated[Path, typer.Option(help="Folder the records are written to.")]
 Seed = Annotated[int, typer.Option(help="Of everything that is drawn at random.")]
