@@ -11,12 +11,12 @@ import pytest
 from safetensors import SafetensorError
 from typer.testing import CliRunner, Result
 
-from vllm_kvpca.calibration import resume
+from vllm_kvpca.calibration import collect, network, resume
 from vllm_kvpca.calibration.card import MEASURED_ROW
-from vllm_kvpca.cli import calibrate as command
 from vllm_kvpca.cli.main import app
 from vllm_kvpca.demo_models import folder as demo_models
 from vllm_kvpca.errors import OutputError
+from vllm_kvpca.lab.record import load_all
 from vllm_kvpca.preset import files, load_preset, save_preset
 from vllm_kvpca.preset.formats import CALIBRATED_FORMATS, FORMATS
 
@@ -32,7 +32,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*_: Any) -> None:
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr(command, "_load", load)
+    monkeypatch.setattr(network, "load", load)
 
 
 def test_writes_a_preset_that_loads(model_folder: Path, text_file: Path, tmp_path: Path):
@@ -150,6 +150,102 @@ def test_what_is_printed_can_be_given_as_a_preset(
     assert load_preset(result.stdout.strip()).config.calibrated
 
 
+# --- several formats ------------------------------------------------------------------------
+
+SEVERAL = ("v-mixed", "k5v4", "k4v4")
+"""One needs V alone, one K and the queries, one the same in another way."""
+
+
+def several(model_folder: Path, text_file: Path, output: Path, *formats: str) -> list[Any]:
+    words = ["calibrate", "--model", model_folder, "--text", text_file, "--window", 64]
+    words += ["--tokens", 3300, "--output", output]
+    return words + [word for one in formats for word in ("--format", one)]
+
+
+def test_several_formats_from_one_pass_are_those_of_a_pass_each(
+    model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    passes: list[int] = []
+    forward = collect._forward
+
+    def count(model: Any, window: list[int], cache: Any) -> None:
+        passes.append(len(window))
+        forward(model, window, cache)
+
+    monkeypatch.setattr(collect, "_forward", count)
+    output = tmp_path / "presets"
+    result = run(*several(model_folder, text_file, output, *SEVERAL, "k4v4"))
+    assert result.exit_code == 0, result.output
+    assert sum(passes[1:]) == 3300  # the first looks at the model's shape
+    assert result.stdout.split() == [str(output / name) for name in SEVERAL]
+    assert {path.name for path in output.iterdir()} == set(SEVERAL)
+    for name in SEVERAL:
+        alone = tmp_path / f"alone-{name}"
+        assert run(*several(model_folder, text_file, alone, name)).exit_code == 0
+        together = output / name
+        assert {path.name for path in together.iterdir()} == {
+            *("config.json", "basis.safetensors", "README.md", "calibration.json"),
+            "calibration-tiny-llama.json",
+        }
+        for file in ("config.json", "basis.safetensors", "calibration.json"):
+            assert (together / file).read_bytes() == (alone / file).read_bytes()
+        preset = load_preset(together)
+        assert (
+            preset.config.format == name and f"# {name} for" in (together / "README.md").read_text()
+        )
+        (record,) = load_all(together, "calibration")
+        assert record.settings["format"] == name and record.settings["tokens"] == 3300
+
+
+def test_records_of_several_formats_do_not_replace_each_other(
+    model_folder: Path, text_file: Path, tmp_path: Path
+):
+    words = several(model_folder, text_file, tmp_path / "presets", "v-mixed", "v-rank-int8")
+    assert run(*words, "--records", tmp_path / "records").exit_code == 0
+    for name in ("v-mixed", "v-rank-int8"):
+        (record,) = load_all(tmp_path / "records" / name)
+        assert record.settings["format"] == name
+        assert not load_all(tmp_path / "presets" / name)
+
+
+@pytest.mark.usefixtures("no_model")
+def test_each_folder_of_several_formats_is_looked_at_first(text_file: Path, tmp_path: Path):
+    output = tmp_path / "presets"
+
+    def refusal(*more: Any) -> str:
+        result = run(*several(Path("org/M"), text_file, output, "v-mixed", "k4v4"), *more)
+        assert result.exit_code == 1
+        return result.stderr.replace("\n", " ")
+
+    assert "there is no format 'magic'" in refusal("--format", "magic")
+    used = output / "k4v4"
+    used.mkdir(parents=True)
+    (output / "notes.txt").write_text("what lies beside the presets does not matter")
+    (used / "config.json").write_text("{}")
+    assert f"{used} holds a preset: name another folder, or add --overwrite" in refusal()
+    (used / "config.json").rename(used / "thesis.tex")
+    assert f"{used} holds something else" in refusal("--overwrite")
+    (used / "thesis.tex").unlink()
+    used.rmdir()
+    used.write_text("")
+    assert f"{used} is a file" in refusal("--overwrite")
+    used.unlink()
+    (output / "config.json").write_text("{}")
+    for more in ((), ("--overwrite",)):
+        assert "several formats get folders below --output" in refusal(*more)
+    output = text_file
+    assert f"{text_file} is a file" in refusal()
+
+
+def test_presets_of_several_formats_can_be_replaced(
+    model_folder: Path, text_file: Path, tmp_path: Path
+):
+    words = several(model_folder, text_file, tmp_path / "presets", "v-mixed", "k5v4")
+    assert run(*words).exit_code == 0
+    assert "add --overwrite" in run(*words).stderr
+    assert run(*words, "--overwrite").exit_code == 0
+
+
 # --- a disk that is full --------------------------------------------------------------------
 
 
@@ -237,6 +333,19 @@ def test_a_preset_that_is_replaced_stays_if_the_disk_is_full(tmp_path: Path, ful
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
+@pytest.mark.usefixtures("no_model")
+def test_tune_leaves_folders_in_use_alone(text_file: Path, tmp_path: Path):
+    words = ("tune", "--model", "org/M", "--target-ratio", 2, "--text", text_file)
+    used = tmp_path / "used"
+    used.mkdir()
+    (used / "config.json").write_text("{}")
+    assert "--overwrite" in run(*words, "--output", used).stderr
+    (used / "config.json").rename(used / "thesis.tex")
+    for overwrite in ((), ("--overwrite",)):
+        assert "another folder" in run(*words, "--output", used, *overwrite).stderr
+    assert "a file" in run(*words, "--output", text_file).stderr
+
+
 def test_tune_on_a_full_disk(model_folder: Path, text_file: Path, tmp_path: Path, full_disk: Any):
     output = tmp_path / "preset"
     words = ["tune", "--model", model_folder, "--text", text_file, "--target-ratio", 1.5]
@@ -250,7 +359,7 @@ def test_a_full_disk_anywhere_else_is_one_sentence_too(monkeypatch: pytest.Monke
     def load(*_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/cache/model.bin")
 
-    monkeypatch.setattr(command, "_load", load)
+    monkeypatch.setattr(network, "load", load)
     words = ("--format", "v-mixed", "--text", __file__, "--output", "nowhere")
     result = run("calibrate", "--model", "org/M", *words)
     assert result.exit_code == 1

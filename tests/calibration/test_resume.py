@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-import vllm_kvpca.preset
+from vllm_kvpca.calibration import output as outputs
 from vllm_kvpca.calibration.collect import attention_shape, collect
 from vllm_kvpca.calibration.resume import FILE, Progress
 from vllm_kvpca.cli.main import app
@@ -66,7 +66,7 @@ def test_the_command_goes_on(
         raise Cut
 
     with monkeypatch.context() as patch:
-        patch.setattr(vllm_kvpca.preset, "save_preset", full_disk)
+        patch.setattr(outputs, "save_preset", full_disk)
         assert isinstance(calibrate(tmp_path / "cut").exception, Cut)
     assert [path.name for path in (tmp_path / "cut").iterdir()] == [FILE]
     result = calibrate(tmp_path / "cut")
@@ -77,6 +77,38 @@ def test_the_command_goes_on(
         load_file(tmp_path / name / "basis.safetensors")["k_basis"] for name in ("whole", "cut")
     ]
     assert torch.equal(*bases)
+
+
+def test_a_pass_for_several_formats_goes_on(
+    model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Cut off in the middle of the text, where only the sums are there."""
+    output, formats = tmp_path / "presets", ("k5v4", "k4v4", "v-mixed")
+    words = ["--model", model_folder, "--text", text_file, "--window", 64, "--tokens", 3300]
+    words += [word for one in formats for word in ("--format", one)] + ["--output", output]
+    command = ["calibrate", *map(str, words)]
+    save = Progress.save
+
+    def cut_after_40(self: Progress, moments: Any) -> None:
+        save(self, moments)
+        if moments.windows == 40:
+            raise Cut
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Progress, "save", cut_after_40)
+        assert isinstance(CliRunner().invoke(app, command).exception, Cut)
+    assert [path.name for path in output.iterdir()] == [FILE]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    assert "2,048 tokens were done by an earlier run" in result.stderr  # 32 windows of 64
+    assert {path.name for path in output.iterdir()} == set(formats)
+    command[-1] = str(tmp_path / "whole")
+    assert CliRunner().invoke(app, command).exit_code == 0
+    for one in formats:
+        again, whole = (
+            folder / one / "basis.safetensors" for folder in (output, tmp_path / "whole")
+        )
+        assert again.read_bytes() == whole.read_bytes()
 
 
 def test_the_report_is_a_table_and_a_record(model_folder: Path, text_file: Path, tmp_path: Path):

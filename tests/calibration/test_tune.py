@@ -130,6 +130,32 @@ def test_a_loss_gives_the_highest_ratio_and_a_cut_off_run_goes_on(
         assert "Raise --target-ppl-delta" in result.output
 
 
+@pytest.mark.parametrize("calibrated", [True, False])
+def test_the_preset_knows_its_text_and_evaluate_refuses_it(
+    folder: Path, text_file: Path, tmp_path: Path, calibrated: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """A format that needs no calibration, too: this text decided that it was taken."""
+    every = tune.candidates
+
+    def some(*arguments: Any) -> list[Preset]:
+        return [one for one in every(*arguments) if one.config.calibrated == calibrated]
+
+    monkeypatch.setattr(tune, "candidates", some)
+    output = tmp_path / "preset"
+    result = tuned(folder, text_file, output, "--target-ratio", 2)
+    assert result.exit_code == 0, result.output
+    assert load_preset(output).config.calibrated == calibrated
+    words = ("--model", folder, "--preset", output, "--output", tmp_path / "records")
+    result = run("evaluate", "quality", *words, "--text", text_file)
+    assert result.exit_code == 1
+    assert "was calibrated on text.txt" in result.output.replace("\n", " ")
+    # A copied passage is known again as well, which needs more than the card's checksums.
+    (tmp_path / "copy.txt").write_text(text_file.read_text()[1000:12000])
+    result = run("evaluate", "quality", *words, "--text", tmp_path / "copy.txt")
+    assert result.exit_code == 1
+    assert "of the evaluation text is in the calibration text" in result.output.replace("\n", " ")
+
+
 def test_other_text_drops_what_was_measured(folder: Path, text_file: Path, tmp_path: Path):
     output = tmp_path / "preset"
     words = ("--target-ratio", 3.4)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
 
-from vllm_kvpca.calibration.text import TextFile
+from vllm_kvpca.calibration.text import TextFile, describe
 from vllm_kvpca.pages import ArchiveLayout, raw_token_bytes
 from vllm_kvpca.preset.measured import NOT_MEASURED
 from vllm_kvpca.preset.schema import PresetConfig, TensorFormat
@@ -41,6 +45,28 @@ class Source:
     command: str
     date: str
     note: str = ""
+
+
+def source_of_now(
+    files: Sequence[Path], tokens: int, window: int, seed: int, dtype: str, note: str = ""
+) -> Source:
+    """The source of what the running command makes of these files."""
+    return Source(
+        texts=[describe(path) for path in files],
+        tokens=tokens,
+        window=window,
+        seed=seed,
+        dtype=dtype,
+        command=_command_line(),
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        note=note,
+    )
+
+
+def _command_line() -> str:
+    """The command as typed, with absolute paths cut to names: folders mean nothing elsewhere."""
+    words = [Path(sys.argv[0]).name, *sys.argv[1:]]
+    return shlex.join(Path(word).name if word.startswith(("/", "~")) else word for word in words)
 
 
 def write_card(

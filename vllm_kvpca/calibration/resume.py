@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from vllm_kvpca.calibration.card import Source
 from vllm_kvpca.calibration.collect import Moments
 from vllm_kvpca.whole_files import whole_files
 
@@ -21,7 +22,7 @@ EVERY = 16
 
 
 class Progress:
-    """The sums in a preset's folder, until the preset is written.
+    """The sums in the output folder, until presets are written.
 
     Attributes:
         path: of the file.
@@ -33,6 +34,21 @@ class Progress:
         text = json.dumps(arguments, sort_keys=True, default=str)
         self.key = hashlib.sha256(text.encode()).hexdigest()
         self._every = every or EVERY
+
+    @classmethod
+    def of_run(cls, folder: Path, model: str, which: Sequence[str], source: Source) -> Progress:
+        """Of a run over `source` that sums up `which` of "k", "v" and "q".
+
+        Args:
+            model: sha256 of the model, or whatever else names its weights.
+        """
+        arguments = {
+            "model": model,
+            "moments": sorted(which),
+            "texts": [text.sha256 for text in source.texts],
+            "budget": [source.tokens, source.window, source.seed, source.dtype],
+        }
+        return cls(folder, arguments)
 
     def load(self, device: Any = "cpu") -> Moments | None:
         """Sums of an earlier run with the same arguments, None if there are none."""

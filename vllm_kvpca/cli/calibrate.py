@@ -1,48 +1,47 @@
-"""`vllm-kvpca calibrate`: a preset for one model, from text."""
+"""`vllm-kvpca calibrate`: presets for one model, from text."""
 
 from __future__ import annotations
 
 import os
-import shlex
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
-from vllm_kvpca.errors import CalibrationError, OptionsError
+from vllm_kvpca.errors import OptionsError
 
-CONFIG_FILE = "config.json"
+if TYPE_CHECKING:
+    from vllm_kvpca.calibration.card import Source
+    from vllm_kvpca.calibration.collect import AttentionShape, Moments
+
 TEXT_HELP = "Text file, or folder with .txt files in it or below; more may follow it: --text a b c."
-UNFINISHED = "moments.safetensors"
-"""Of a run that was cut off (calibration/resume.py)."""
 
 
 def calibrate(
     model: Annotated[str, typer.Option(help="Model folder or Hub name.")],
-    format: Annotated[str, typer.Option(help="Format to fit, e.g. k5.5v5.5 or v-mixed.")],
-    output: Annotated[Path, typer.Option(help="Folder of the new preset.")],
+    format: Annotated[
+        list[str],
+        typer.Option(
+            help="Format to fit, e.g. k5.5v5.5 or v-mixed; several from one pass over the text: "
+            "give it once for each."
+        ),
+    ],
+    output: Annotated[
+        Path,
+        typer.Option(help="Folder of the new preset; of several formats OUTPUT/FORMAT for each."),
+    ],
     text: Annotated[list[Path] | None, typer.Option(help=TEXT_HELP)] = None,
     more_text: Annotated[list[Path] | None, typer.Argument(metavar="[FILES]...")] = None,
     dataset: Annotated[
         list[str] | None,
-        typer.Option(help="Dataset of the Hub, NAME[@CONFIG][:SPLIT[:COLUMN]]; once for each."),
+        typer.Option(
+            help="Dataset of the Hub, e.g. NAME or NAME@CONFIG:SPLIT:COLUMN; once for each."
+        ),
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to run, at most.")] = 100_000,
     window: Annotated[int, typer.Option(min=16, help="Tokens of one sequence.")] = 2048,
@@ -55,59 +54,64 @@ def calibrate(
         str, typer.Option(help="float32, bfloat16, ...; by default float32 on CPUs.")
     ] = "auto",
     note: Annotated[str, typer.Option(help="A sentence for the preset's card.")] = "",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a preset.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace presets.")] = False,
     records: Annotated[
-        Path | None, typer.Option(help="Folder of the record; by default the preset's own.")
+        Path | None,
+        typer.Option(
+            help="Folder of the record, by default the preset's own; of several formats "
+            "RECORDS/FORMAT for each."
+        ),
     ] = None,
 ) -> None:
-    """Fit the bases of a format to a model and write a preset folder."""
-    from vllm_kvpca.calibration import overlap
-    from vllm_kvpca.calibration import text as texts
-    from vllm_kvpca.calibration.card import Source, write_card
-    from vllm_kvpca.calibration.collect import attention_shape
-    from vllm_kvpca.calibration.fit import (
-        band_energy,
-        check_format,
-        fit_bases,
-        preset_config,
-        wanted,
-    )
-    from vllm_kvpca.calibration.report import spread
-    from vllm_kvpca.preset import save_preset
+    """Fit the bases of formats to a model and write a preset folder for each.
 
-    check_format(format)
-    _check_output(output, overwrite)
-    files = texts.find_texts(_texts([*(text or []), *(more_text or [])], dataset or [], tokens))
+    The text is read once, however many formats there are.
+    """
+    from vllm_kvpca.calibration import output as outputs
+    from vllm_kvpca.calibration import overlap, resume
+    from vllm_kvpca.calibration.card import source_of_now
+    from vllm_kvpca.calibration.collect import attention_shape
+    from vllm_kvpca.calibration.fit import check_format, preset_config, wanted
+    from vllm_kvpca.calibration.network import load, name_of
+    from vllm_kvpca.calibration.report import spread
+    from vllm_kvpca.calibration.text import find_texts
+    from vllm_kvpca.lab.record import make_record
+
+    formats = list(dict.fromkeys(format))
+    for one in formats:
+        check_format(one)
+    folders = outputs.folders(output, formats)
+    outputs.check(output, folders.values(), overwrite)
+    files = find_texts(_texts([*(text or []), *(more_text or [])], dataset or [], tokens))
     console = Console(stderr=True)
     with console.status(f"loading {model}"):
-        tokenizer, network = _load(model, device, dtype)
+        tokenizer, network = load(model, device, dtype)
         shape = attention_shape(network)
     revision = getattr(network.config, "_commit_hash", None)
-    config = preset_config(format, name or _model_name(model), revision, shape)
-    source = Source(
-        texts=[texts.describe(path) for path in files],
-        tokens=tokens,
-        window=window,
-        seed=seed,
-        dtype=str(network.dtype).removeprefix("torch."),
-        command=_command_line(),
-        date=datetime.now(UTC).isoformat(timespec="seconds"),
-        note=note,
+    made_for = name or name_of(model)
+    configs = {one: preset_config(one, made_for, revision, shape) for one in formats}
+    dtype = str(network.dtype).removeprefix("torch.")
+    source = source_of_now(files, tokens, window, seed, dtype, note)
+    # K and V both, whatever the formats need: the report shows what another one would gain.
+    which = {"k", "v"}.union(*map(wanted, configs.values()))
+    moments = collect_moments(
+        console, network, shape, sorted(which), tokenizer, files, source, output, model
     )
-    # K and V both, whatever the format needs: the report shows what another format would gain.
-    which = sorted({*wanted(config), "k", "v"})
-    every = _moments(console, network, shape, which, tokenizer, files, source, output, model)
-    source = replace(source, tokens=every.tokens)
-    moments = every.only(wanted(config))
-    bases = fit_bases(moments, config)
-    card = write_card(config, source, band_energy(moments, bases, config))
-    save_preset(output, config, bases, card, overlap.to_json(files))
-    rows = spread(every, shape.layers)
-    path = _write_record(records or output, model, config, source, files, rows)
-    (output / UNFINISHED).unlink(missing_ok=True)
-    print(as_preset(output))
-    console.print(spread_table(rows, config.model.name if config.model else model))
-    console.print(f"record: {path}", markup=False, highlight=False, soft_wrap=True)
+    source = replace(source, tokens=moments.tokens)
+    presets = {folders[one]: config for one, config in configs.items()}
+    outputs.write(presets, moments, source, overlap.to_json(files))
+    rows = spread(moments, shape.layers)
+    paths = []
+    for one, folder in (outputs.folders(records, formats) if records else folders).items():
+        settings = {"format": one, "tokens": source.tokens, "window": window, "dtype": dtype}
+        record = make_record("calibration", [], model, settings, {"layers": rows}, files, seed)
+        paths.append(record.write(folder))
+    (output / resume.FILE).unlink(missing_ok=True)
+    for folder in folders.values():
+        print(outputs.as_preset(folder))
+    console.print(spread_table(rows, made_for))
+    for path in paths:
+        console.print(f"record: {path}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _texts(files: list[Path], datasets: list[str], tokens: int) -> list[Path]:
@@ -125,21 +129,22 @@ def _texts(files: list[Path], datasets: list[str], tokens: int) -> list[Path]:
     return [*files, *(fetch(one, tokens, folder) for one in names)]
 
 
-def _moments(
+def collect_moments(
     console: Console,
     network: Any,
-    shape: Any,
-    which: list[str],
+    shape: AttentionShape,
+    which: Sequence[str],
     tokenizer: Any,
-    files: list[Path],
-    source: Any,
+    files: Sequence[Path],
+    source: Source,
     output: Path,
     model: str,
-) -> Any:
+) -> Moments:
     """Second moments of the text; those that a run which was cut off has left are taken over."""
     from vllm_kvpca.calibration import text as texts
     from vllm_kvpca.calibration.collect import collect
-    from vllm_kvpca.calibration.resume import Progress as Saved
+    from vllm_kvpca.calibration.resume import Progress
+    from vllm_kvpca.lab import progress
     from vllm_kvpca.lab.record import fingerprint
 
     budget = (files, tokenizer, source.window, source.tokens)
@@ -147,40 +152,13 @@ def _moments(
         total = texts.count_tokens(*budget, shape.head_dim, source.seed)
     if total < source.tokens:
         console.print(f"the text holds {total:,} tokens, not {source.tokens:,}: all of it is used.")
-    arguments = {
-        "model": fingerprint(model),
-        "moments": which,
-        "texts": [text.sha256 for text in source.texts],
-        "budget": [source.tokens, source.window, source.seed, source.dtype],
-    }
-    saved = Saved(output, arguments)
+    saved = Progress.of_run(output, fingerprint(model), which, source)
     found = saved.load(network.device)
     if found:
         console.print(f"{found.tokens:,} tokens were done by an earlier run: going on from there.")
     windows = islice(texts.windows(*budget, source.seed), found.windows if found else 0, None)
-    with _progress(console, total, found.tokens if found else 0) as advance:
+    with progress.tokens(console, total, found.tokens if found else 0) as advance:
         return collect(network, shape, which, windows, advance, found, saved.save)
-
-
-def _write_record(
-    folder: Path,
-    model: str,
-    config: Any,
-    source: Any,
-    files: list[Path],
-    rows: list[dict[str, Any]],
-) -> Path:
-    from vllm_kvpca.lab.record import make_record
-
-    settings = {
-        "format": config.format,
-        "tokens": source.tokens,
-        "window": source.window,
-        "dtype": source.dtype,
-    }
-    results = {"layers": rows}
-    record = make_record("calibration", [], model, settings, results, files, source.seed)
-    return record.write(folder)
 
 
 def spread_table(rows: list[dict[str, Any]], title: str) -> Table:
@@ -208,79 +186,3 @@ def spread_table(rows: list[dict[str, Any]], title: str) -> Table:
     for layer, cells in by_layer.items():
         table.add_row(str(layer), *cells)
     return table
-
-
-def _check_output(output: Path, overwrite: bool) -> None:
-    if output.is_file():
-        raise OptionsError(f"--output {output} is a file: name a folder.")
-    if not output.exists() or all(_is_left_over(path.name) for path in output.iterdir()):
-        return
-    if not (output / CONFIG_FILE).exists():
-        raise OptionsError(f"--output {output} holds something else: name another folder.")
-    if not overwrite:
-        raise OptionsError(
-            f"--output {output} holds a preset: name another folder, or add --overwrite."
-        )
-
-
-def _is_left_over(name: str) -> bool:
-    """Whether a run that was cut off leaves a file or folder of this name."""
-    from vllm_kvpca.whole_files import PREFIX
-
-    return name == UNFINISHED or name.startswith(PREFIX)
-
-
-def as_preset(folder: Path) -> str:
-    """A folder as it is given to --kv-compression-preset: a bare name would be no folder."""
-    return f"./{folder}" if len(folder.parts) == 1 and not folder.is_absolute() else str(folder)
-
-
-def _load(model: str, device: str, dtype: str) -> tuple[Any, Any]:
-    """Tokenizer and model, ready for forward passes."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()  # one bar at a time
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if dtype == "auto" and device == "cpu":
-        dtype = "float32"  # most CPUs compute in bfloat16 slowly, and all round more
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
-        network = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CalibrationError(
-            f"{model!r} cannot be loaded: {reason} Give --model a folder of a transformers model "
-            "or a Hub name org/name."
-        ) from error
-    return tokenizer, network.to(device).eval()
-
-
-def _model_name(model: str) -> str:
-    """A Hub name as it is; of a folder its last part."""
-    path = Path(model).expanduser()
-    return path.resolve().name if path.is_dir() else model
-
-
-def _command_line() -> str:
-    """The command as typed, with absolute paths cut to names: folders mean nothing elsewhere."""
-    words = [Path(sys.argv[0]).name, *sys.argv[1:]]
-    return shlex.join(Path(word).name if word.startswith(("/", "~")) else word for word in words)
-
-
-@contextmanager
-def _progress(console: Console, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
-    columns = (
-        SpinnerColumn(),
-        TextColumn("tokens"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("tokens", total=total, completed=done)
-        yield lambda tokens: progress.advance(task, tokens)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,20 +9,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from vllm_kvpca.cli.calibrate import (
-    CONFIG_FILE,
-    TEXT_HELP,
-    UNFINISHED,
-    _command_line,
-    _load,
-    _model_name,
-    _moments,
-    _progress,
-    as_preset,
-)
-from vllm_kvpca.errors import CalibrationError, OptionsError
+from vllm_kvpca.cli.calibrate import TEXT_HELP, collect_moments
+from vllm_kvpca.errors import CalibrationError
 
 if TYPE_CHECKING:
+    from vllm_kvpca.calibration.card import Source
     from vllm_kvpca.calibration.collect import AttentionShape
     from vllm_kvpca.calibration.tune import Tuner
     from vllm_kvpca.preset import Preset
@@ -62,10 +52,14 @@ def tune(
     --target-ppl-delta the highest ratio that loses no more. A run that was cut off goes on where it
     stopped.
     """
+    from vllm_kvpca.calibration import output as outputs
+    from vllm_kvpca.calibration import overlap, resume
     from vllm_kvpca.calibration import text as texts
-    from vllm_kvpca.calibration.card import Source
+    from vllm_kvpca.calibration.card import source_of_now
     from vllm_kvpca.calibration.collect import attention_shape
+    from vllm_kvpca.calibration.network import load, name_of
     from vllm_kvpca.calibration.tune import (
+        STATE_FILE,
         Target,
         Tuner,
         candidates,
@@ -73,44 +67,35 @@ def tune(
         key_of,
         moments_wanted,
     )
+    from vllm_kvpca.lab import progress
     from vllm_kvpca.lab.record import fingerprint, make_record
 
     target = Target(target_ratio, target_ppl_delta)
-    if (output / CONFIG_FILE).exists() and not overwrite:
-        raise OptionsError(
-            f"--output {output} holds a preset: name another folder, or add --overwrite."
-        )
+    outputs.check(output, [output], overwrite, own=[STATE_FILE])
     files = texts.find_texts([*text, *(more_text or [])])
-    described = [texts.describe(path) for path in files]
     console = Console(stderr=True)
     with console.status(f"loading {model}"):
-        tokenizer, network = _load(model, device, dtype)
+        tokenizer, network = load(model, device, dtype)
         shape = attention_shape(network)
     with console.status("reading text"):
         everything = list(texts.windows(files, tokenizer, window, tokens + measure_tokens, seed))
     fit_on, measure_on = split(everything, tokens, window)
     revision = getattr(network.config, "_commit_hash", None)
-    presets = candidates(name or _model_name(model), revision, shape)
-    source = Source(
-        texts=described,
-        tokens=sum(map(len, fit_on)),
-        window=window,
-        seed=seed,
-        dtype=str(network.dtype).removeprefix("torch."),
-        command=_command_line(),
-        date=datetime.now(UTC).isoformat(timespec="seconds"),
-    )
+    presets = candidates(name or name_of(model), revision, shape)
+    dtype = str(network.dtype).removeprefix("torch.")
+    source = source_of_now(files, sum(map(len, fit_on)), window, seed, dtype)
     wanted = moments_wanted(presets)
-    moments = _moments(console, network, shape, wanted, tokenizer, files, source, output, model)
+    moments = collect_moments(
+        console, network, shape, wanted, tokenizer, files, source, output, model
+    )
     settings: dict[str, Any] = {
         "tokens": moments.tokens,
         "measure_tokens": sum(map(len, measure_on)),
         "window": window,
-        "dtype": source.dtype,
+        "dtype": dtype,
     }
-    key = key_of(
-        model=fingerprint(model), texts=[t.sha256 for t in described], seed=seed, **settings
-    )
+    sums = [text.sha256 for text in source.texts]
+    key = key_of(model=fingerprint(model), texts=sums, seed=seed, **settings)
     tuner = Tuner(network, shape, moments, measure_on, output, key, seed)
 
     def measure(preset: Preset) -> dict[str, Any]:
@@ -125,16 +110,17 @@ def tune(
     chosen = choose(presets, shape.head_dim, target, measure)
     if per_layer:
         total = sum(map(len, measure_on)) * len(shape.layers)
-        with _progress(console, total, 0) as advance:
+        with progress.tokens(console, total) as advance:
             tuner.per_layer(chosen, advance)
-    _save(output, tuner, chosen, source, settings["measure_tokens"])
+    # All of the text: what was measured on decided, so it says no more than what was fitted on.
+    _save(output, tuner, chosen, source, settings["measure_tokens"], overlap.to_json(files))
     results = {"chosen": chosen.name, "formats": tuner.results, "layers": tuner.layers}
     settings |= {"target_ratio": target_ratio, "target_ppl_delta": target_ppl_delta}
     record = make_record("tune", [output.name], model, settings, results, files, seed)
     record.write(output)
-    (output / UNFINISHED).unlink(missing_ok=True)
+    (output / resume.FILE).unlink(missing_ok=True)
     _report(tuner, chosen, shape)
-    print(as_preset(output))
+    print(outputs.as_preset(output))
 
 
 def split(
@@ -167,14 +153,18 @@ def _measured(
     known: bool,
     preset: Preset,
 ) -> dict[str, Any]:
+    from vllm_kvpca.lab import progress
+
     if known:
         return tuner.measure(preset)
     console.print(f"measuring {title}")
-    with _progress(console, sum(map(len, windows)), 0) as advance:
+    with progress.tokens(console, sum(map(len, windows))) as advance:
         return tuner.measure(preset, advance)
 
 
-def _save(output: Path, tuner: Tuner, chosen: Preset, source: Any, measured_on: int) -> None:
+def _save(
+    output: Path, tuner: Tuner, chosen: Preset, source: Source, measured_on: int, texts: str
+) -> None:
     from vllm_kvpca.calibration.card import write_card
     from vllm_kvpca.calibration.fit import band_energy
     from vllm_kvpca.lab.table import change
@@ -190,13 +180,12 @@ def _save(output: Path, tuner: Tuner, chosen: Preset, source: Any, measured_on: 
             f"`--kv-compression-preset {chosen.name}` does the same.\n\nPerplexity against stock: "
             f"{measured}.\n\n    {source.command}\n"
         )
-        save_preset(output, chosen.config, {}, card)
+        save_preset(output, chosen.config, {}, card, texts)
         return
     fitted = tuner.fitted(chosen)
     energy = band_energy(tuner.moments.only(list(fitted.bases)), fitted.bases, fitted.config)
-    save_preset(
-        output, fitted.config, fitted.bases, write_card(fitted.config, source, energy, measured)
-    )
+    card = write_card(fitted.config, source, energy, measured)
+    save_preset(output, fitted.config, fitted.bases, card, texts)
 
 
 def _report(tuner: Tuner, chosen: Preset, shape: AttentionShape) -> None:
