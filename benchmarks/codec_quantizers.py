@@ -40,6 +40,7 @@ from vllm_kvpca.codec import (
     pca_basis,
 )
 from vllm_kvpca.codec.bands import SCALE_BYTES, SCALE_DTYPE, Band
+from vllm_kvpca.codec.threads import one_thread
 
 BASES = ("identity", "hadamard", "pca", "weighted", "joint", "balanced", "channel")
 LEVELS = ("uniform", "signed", "signed-search", "search", "gain", "gauss", "laplace", "fitted")
@@ -249,6 +250,7 @@ def transform(
     return encoder(basis.double()).float(), basis.mT.float()
 
 
+@one_thread()
 def joint_basis(moment: torch.Tensor, weight: torch.Tensor, widths: Sequence[int]) -> torch.Tensor:
     """Orthonormal basis for which the error that a reader sees is least, band by band.
 

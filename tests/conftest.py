@@ -67,5 +67,9 @@ def import_interpreted() -> None:
                 importlib.import_module(module)
 
 
+# Thousands of small operations are faster without threads that wait for each other, and tests run
+# side by side. Engines and servers are processes of their own and choose for themselves.
+torch.set_num_threads(1)
+
 if importlib.util.find_spec("triton") and not torch.cuda.is_available():
     import_interpreted()

@@ -12,6 +12,12 @@ SHORTEST = 10
 """Characters: a shorter phrase could stand for anything."""
 MADE_OF_PARTS = {
     "serving/adapters/guard.py": ("serving/register.py", "is tested with", "does not fit this"),
+    "hf_cache/cache.py": ("preset/identity.py", "was calibrated on weights of"),
+    "serving/settings/refusals.py": (
+        "preset/identity.py",
+        *("by the model's name alone", "was calibrated on other weights", "cannot be"),
+        "It is served all the same, as asked",
+    ),
     "whole_files.py": ("whole_files.py", "cannot write to"),
 }
 """Where a message comes in a variable: the file that words it, and its words."""

@@ -19,6 +19,7 @@ from vllm_kvpca.errors import OutputError
 from vllm_kvpca.lab.record import load_all
 from vllm_kvpca.preset import files, load_preset, save_preset
 from vllm_kvpca.preset.formats import CALIBRATED_FORMATS, FORMATS
+from vllm_kvpca.preset.identity import Served
 
 
 def run(*arguments: Any) -> Result:
@@ -41,12 +42,14 @@ def test_writes_a_preset_that_loads(model_folder: Path, text_file: Path, tmp_pat
     output = tmp_path / "preset"
     words = ("calibrate", "--model", model_folder, "--format", "v-mixed", "--window", 64)
     texts = ("--text", text_file, more, "--output", output, "--name", "org/Tiny", "--tokens", 4000)
-    result = run(*words, *texts, "--note", "A note.")
+    result = run(*words, *texts, "--note", "A note.", "--quantized", "Q4_0")
     assert result.exit_code == 0, result.output
     assert result.stdout.strip() == str(output)
     preset = load_preset(output)
     assert preset.config.model is not None and preset.config.model.name == "org/Tiny"
     assert preset.bases["v"].shape == (3, 2, 32, 32)
+    assert preset.weights is not None and preset.weights.quantized == "Q4_0"
+    assert preset.check_weights(Served(str(model_folder))) is None
     card = (output / "README.md").read_text()
     layout = preset.layout(32)
     for words_of_card in (
@@ -185,9 +188,9 @@ def test_several_formats_from_one_pass_are_those_of_a_pass_each(
         together = output / name
         assert {path.name for path in together.iterdir()} == {
             *("config.json", "basis.safetensors", "README.md", "calibration.json"),
-            "calibration-tiny-llama.json",
+            *("weights.json", "calibration-tiny-llama.json"),
         }
-        for file in ("config.json", "basis.safetensors", "calibration.json"):
+        for file in ("config.json", "basis.safetensors", "calibration.json", "weights.json"):
             assert (together / file).read_bytes() == (alone / file).read_bytes()
         preset = load_preset(together)
         assert (
@@ -301,7 +304,7 @@ def assert_one_sentence(result: Result, folder: Path) -> None:
         (
             "calibration-tiny-llama.json",
             *({"moments.safetensors", *("config.json", "basis.safetensors", "README.md"),
-               "calibration.json"},),
+               "calibration.json", "weights.json"},),
         ),
     ],
 )  # fmt: skip

@@ -19,15 +19,6 @@ from vllm_kvpca.codec.basis import orthonormality_error
 HEAD_DIMS = [64, 80, 96, 112, 128, 256]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Small eigenproblems are faster without threads that wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def known_covariance(head_dim: int) -> tuple[np.ndarray, np.ndarray]:
     """(directions, covariance) with eigenvalues 1, 1/2, 1/3, ..."""
     rng = np.random.default_rng(head_dim)

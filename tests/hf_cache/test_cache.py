@@ -304,7 +304,7 @@ def test_refusals_when_the_cache_is_made(calibrated, model):
     [
         ({"num_key_value_heads": 4}, r"num_kv_heads 2 \(the model has 4\)"),
         ({"head_dim": 64}, r"head_dim 32 \(the model has 64\)"),
-        ({"_name_or_path": "/models/Other"}, "model org/Tiny; you have '/models/Other'"),
+        ({"_name_or_path": "/models/Other"}, "whether '/models/Other' is that model"),
     ],
 )
 def test_a_config_of_another_model_is_refused_at_once(calibrated, model, changes, words):

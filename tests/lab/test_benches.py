@@ -94,7 +94,7 @@ def test_engines_of_calibrated_formats_load_a_preset_that_fits_the_model(monkeyp
     def measured(settings):
         if settings.preset != STOCK:
             preset = load_preset(settings.preset)  # as the engine does, which checks the bases
-            preset.check_model([settings.model], 28, 4, 128, list(range(28)))
+            preset.check_shape(28, 4, 128, list(range(28)))
             seen.append((preset.config.format, preset.layout(128).total_ratio))
         return {"tokens": 1, "tokens_per_second": 1.0}
 

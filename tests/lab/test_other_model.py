@@ -66,7 +66,7 @@ def test_refused_before_an_engine_starts(words, required, name, model, tmp_path,
     ]
     result = CliRunner().invoke(app, [*words, *chosen, "--output", str(tmp_path / "records")])
     assert result.exit_code == 1
-    assert "was calibrated for another model" in result.stderr
+    assert "was calibrated for" in result.stderr
     assert ("num_layers 30 (the model has 12)" in result.stderr) == (name != "other")
     assert not (tmp_path / "records").exists()
 
@@ -90,5 +90,5 @@ def test_what_cannot_be_checked_is_refused_too(model):
         presets.check(["k8v4"], model("odd", head_dim=36))
     with pytest.raises(OptionsError, match=r"configuration of --model .*nowhere cannot be read"):
         presets.check(["k8v4"], "./nowhere")
-    with pytest.raises(PresetMismatch, match="chosen for another model"):
+    with pytest.raises(PresetMismatch, match=r"chosen for .* of another shape"):
         presets.check(["Qwen--Qwen2.5-7B/kh8v4"], model())

@@ -9,6 +9,7 @@ from vllm_kvpca.errors import PresetMismatch
 from vllm_kvpca.preset import list_shipped, load_preset
 from vllm_kvpca.preset.choose import choose_preset
 from vllm_kvpca.preset.find import shipped_root
+from vllm_kvpca.preset.identity import Served
 from vllm_kvpca.preset.names import same_family
 
 QWEN = "Qwen--Qwen2.5-7B/kh8v4"
@@ -35,7 +36,7 @@ QWEN_SHAPE = (28, 4, 128)
     ],
 )  # fmt: skip
 def test_auto(name, shape, bias, preset, why):
-    chosen, reason = choose_preset(["alias", name], shape, bias)
+    chosen, reason = choose_preset(Served(name), shape, bias)
     assert chosen == preset and why in reason
     assert load_preset(chosen).name == preset
 
@@ -57,8 +58,6 @@ def test_the_shipped_folder_is_what_the_table_says(one):
     assert f"calibrate --model {one.example}" in card and f"--preset {one.preset}" in card
     assert one.preset in list_shipped()
     heads = (shape.num_layers, shape.num_kv_heads, shape.head_dim, list(range(shape.num_layers)))
-    preset.check_model([one.example], *heads)
-    with pytest.raises(PresetMismatch, match="chosen for another model"):
-        preset.check_model(["org/Other"], *heads)
-    with pytest.raises(PresetMismatch, match="num_layers"):
-        preset.check_model([one.example], 99, *heads[1:])
+    preset.check_shape(*heads)
+    with pytest.raises(PresetMismatch, match=r"chosen for .* num_layers"):
+        preset.check_shape(99, *heads[1:])

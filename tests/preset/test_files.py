@@ -26,6 +26,7 @@ from vllm_kvpca.preset import (
 )
 from vllm_kvpca.preset import basis_file as basis_module
 from vllm_kvpca.preset.formats import CALIBRATED_FORMATS
+from vllm_kvpca.preset.identity import Served
 
 LAYERS, KV_HEADS, HEAD_DIM = 3, 2, 64
 SHAPE = ModelShape(name="org/Model-1B", num_layers=LAYERS, num_kv_heads=KV_HEADS, head_dim=HEAD_DIM)
@@ -394,7 +395,6 @@ def test_v_cannot_have_a_balanced_basis(folder):
 # --- which model ----------------------------------------------------------------------------
 
 MODEL = {
-    "names": ["/models/org--Model-1B"],
     "num_layers": LAYERS,
     "num_kv_heads": KV_HEADS,
     "head_dim": HEAD_DIM,
@@ -405,32 +405,31 @@ MODEL = {
 @pytest.mark.parametrize(
     "name", ["org/Model-1B", "other/model-1b", "/srv/Model-1B/", "models--org--Model-1B"]
 )
-def test_the_model_is_known_by_the_last_part_of_its_name(folder, name):
-    load_preset(folder).check_model(**(MODEL | {"names": ["alias", name]}))
+def test_without_weights_the_model_is_known_by_the_last_part_of_its_name(folder, name):
+    assert load_preset(folder).check_weights(Served(name)) is None
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"names": ["org/Model-7B", "alias"]}, r"it has model org/Model-1B.*'org/Model-7B'"),
         ({"num_layers": 4}, r"num_layers 3 \(the model has 4\)"),
         ({"num_kv_heads": 8}, r"num_kv_heads 2 \(the model has 8\)"),
         ({"head_dim": 128}, r"head_dim 64 \(the model has 128\)"),
         ({"layers": [0, 1, 3]}, r"no basis for layers \[3\]"),
     ],
 )
-def test_another_model_is_refused_with_the_way_out(folder, changes, words):
+def test_another_shape_is_refused_with_the_way_out(folder, changes, words):
     with pytest.raises(PresetMismatch, match=words) as refusal:
-        load_preset(folder).check_model(**(MODEL | changes))
+        load_preset(folder).check_shape(**(MODEL | changes))
     assert "k8v4" in str(refusal.value) and "vllm-kvpca calibrate" in str(refusal.value)
 
 
 def test_layers_without_a_basis_are_named(tmp_path):
     save_preset(tmp_path, make_config(layers=(1,)), {"v": orthonormal(1)}, "")
     with pytest.raises(PresetMismatch, match=r"no basis for layers \[0, 2\]"):
-        load_preset(tmp_path).check_model(**MODEL)
-    load_preset(tmp_path).check_model(**(MODEL | {"layers": [1]}))
+        load_preset(tmp_path).check_shape(**MODEL)
+    load_preset(tmp_path).check_shape(**(MODEL | {"layers": [1]}))
 
 
 def test_formats_without_calibration_fit_any_model():
-    load_preset("k8v4").check_model(["anything"], 80, 8, 128, list(range(80)))
+    load_preset("k8v4").check_shape(80, 8, 128, list(range(80)))

@@ -161,7 +161,7 @@ def test_the_commit_that_was_looked_at_is_downloaded_and_a_presets_files_only(hu
     preset = load_preset(name)
     assert preset.config.format == "k8v8" and preset.name == name
     assert hub.asked == [("someone/kv-preset", revision)]
-    files = ["config.json", "basis.safetensors", "README.md", "calibration.json"]
+    files = ["config.json", "basis.safetensors", "README.md", "calibration.json", "weights.json"]
     assert hub.downloaded == [("someone/kv-preset", REVISION, files)]
 
 

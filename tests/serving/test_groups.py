@@ -11,7 +11,6 @@ import math
 import random
 
 import pytest
-import torch
 
 from vllm_kvpca.pages.block_sizes import BlockSizes, decoding_blocks
 from vllm_kvpca.pages.boundary import Policy
@@ -44,15 +43,6 @@ CELLS = [
     for lag in {row % 3, (row + 1) % 3}
 ]
 """Each mix with two of the numbers of steps in flight, and every number with all thresholds."""
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Thousands of tiny tensor operations are several times faster without threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def run(name, thresholds, lag, *, steps=170, room=1.0, **options) -> Engine:

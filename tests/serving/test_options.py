@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 from vllm.config import (
     CacheConfig,
     KVEventsConfig,
+    LoadConfig,
     ModelConfig,
     ParallelConfig,
     SchedulerConfig,
@@ -23,8 +25,10 @@ from vllm.model_executor import parameter
 from vllm.model_executor.layers import linear
 
 from vllm_kvpca.errors import LayoutError, OptionsError, PresetMismatch, UnsupportedError
-from vllm_kvpca.preset import FORMATS, ModelShape, Preset, PresetConfig, choose
+from vllm_kvpca.preset import FORMATS, ModelShape, Preset, PresetConfig
 from vllm_kvpca.preset.formats import CALIBRATED_FORMATS
+from vllm_kvpca.preset.identity import Served
+from vllm_kvpca.preset.weights import SAMPLES, WeightSamples
 from vllm_kvpca.serving.register import register
 from vllm_kvpca.serving.settings import options as options_module
 from vllm_kvpca.serving.settings import refusals
@@ -32,8 +36,8 @@ from vllm_kvpca.serving.settings.options import (
     CompressionOptions,
     full_attention_layers,
     has_key_bias,
-    model_names,
     model_shape,
+    served_model,
 )
 from vllm_kvpca.serving.settings.refusals import check_engine
 from vllm_kvpca.serving.step.attach import local_kv_heads
@@ -51,30 +55,28 @@ def test_thresholds_have_defaults():
 def test_options_come_from_additional_config():
     values = {"preset": "k8v4", "compress_after": 100, "keep_recent": 0}
     config = SimpleNamespace(additional_config={"kv_compression": values})
-    assert CompressionOptions.of(config).model_dump() == values
+    assert CompressionOptions.of(config).model_dump() == values | {"allow_other_weights": False}
     for empty in (None, {}, {"other": 1}):
         assert CompressionOptions.of(SimpleNamespace(additional_config=empty)) is None
 
 
 @pytest.mark.parametrize(
-    ("names", "preset"),
+    ("model", "preset"),
     [
-        (["/models/Model-1B"], "org--Model-1B/k5.5v5.5"),
-        (["/models/x", "org/model-1b"], "org--Model-1B/k5.5v5.5"),
-        (["org/Other"], "k8v4"),
-        (["org/Model-2B"], "k8v4"),  # has a preset, but of no format that auto takes
+        ("HuggingFaceTB/SmolLM2-135M-Instruct", "HuggingFaceTB--SmolLM2-135M-Instruct/k5.5v5.5"),
+        ("/models/smollm2-135m-instruct", "HuggingFaceTB--SmolLM2-135M-Instruct/k5.5v5.5"),
+        ("org/Other", "k8v4"),
     ],
 )
-def test_auto_is_the_model_s_preset_or_one_for_any_model(monkeypatch, names, preset):
-    shipped = ["k8v4", "org--Model-1B/v-mixed", "org--Model-1B/k5.5v5.5", "org--Model-2B/v-mixed"]
-    monkeypatch.setattr(choose, "list_shipped", lambda: dict.fromkeys(shipped))
+def test_auto_is_the_model_s_preset_or_one_for_any_model(monkeypatch, model, preset):
+    """By the name, because these models are not on this machine."""
     logged = []
     monkeypatch.setattr(options_module.logger, "info", lambda text, *args: logged.append(args))
     options = CompressionOptions.parse({"preset": "auto", "compress_after": 700})
-    assert options.resolved(names) == options.model_copy(update={"preset": preset})
+    assert options.resolved(Served(model)) == options.model_copy(update={"preset": preset})
     assert [args[0] for args in logged] == [preset]
     other = CompressionOptions.parse({"preset": "k8v8"})
-    assert other.resolved(names) is other
+    assert other.resolved(Served(model)) is other
 
 
 def test_auto_looks_at_the_model_before_the_engine_starts(monkeypatch):
@@ -155,8 +157,10 @@ SUPPORTED = {
     "parallel_config.pipeline_parallel_size": 1,
     "parallel_config.use_ubatching": False,
     "scheduler_config.disable_hybrid_kv_cache_manager": None,
+    "additional_config": None,
+    "load_config.download_dir": None,
     "model_config.model": "org/Model-1B",
-    "model_config.served_model_name": "org/Model-1B",
+    "model_config.revision": None,
     "model_config.hf_config": SimpleNamespace(),
     "model_config.hf_text_config": SimpleNamespace(),
     "model_config.runner_type": "generate",
@@ -329,6 +333,7 @@ def test_vllm_still_has_every_option_that_is_looked_at():
         "parallel_config": ParallelConfig,
         "scheduler_config": SchedulerConfig,
         "model_config": ModelConfig,
+        "load_config": LoadConfig,
     }
     for path in SUPPORTED:
         part, _, name = path.rpartition(".")
@@ -351,11 +356,41 @@ def test_a_preset_of_the_served_model_is_accepted():
 
 
 @pytest.mark.parametrize(
-    "shape", [{"name": "org/Other"}, {"num_layers": 5}, {"num_kv_heads": 1}, {"head_dim": 128}]
+    ("shape", "words"),
+    [
+        ({"num_layers": 5}, r"num_layers 5 \(the model has 4\)"),
+        ({"num_kv_heads": 1}, r"num_kv_heads 1 \(the model has 2\)"),
+        ({"head_dim": 128}, r"head_dim 128 \(the model has 64\)"),
+    ],
 )
-def test_a_preset_of_another_model_is_refused(shape):
-    with pytest.raises(PresetMismatch, match="'mine' was calibrated for another model"):
+def test_a_preset_of_another_model_is_refused(shape, words):
+    with pytest.raises(PresetMismatch, match=words):
         check_engine(make_engine(), calibrated(**shape))
+
+
+def test_another_model_on_this_machine_is_refused_before_anything_starts(tmp_path, monkeypatch):
+    """Served under the preset's name, which changes nothing; and taken when asked."""
+    folder = {"model_config.model": str(tmp_path)}
+    with pytest.raises(PresetMismatch, match="'mine' was calibrated for org/Model-1B, and whether"):
+        check_engine(make_engine(folder), calibrated())
+    logged = []
+    monkeypatch.setattr(refusals.logger, "warning", lambda text, *args: logged.append(args))
+    options = {"preset": "mine", "allow_other_weights": True}
+    engine = make_engine({**folder, "additional_config": {"kv_compression": options}})
+    check_engine(engine, calibrated())
+    assert "as asked" in logged[0][0]
+
+
+def test_a_model_that_is_yet_to_be_downloaded_is_checked_in_the_worker():
+    """A preset without samples can only ever go by the name, and does so at once."""
+    engine = make_engine({"model_config.model": "org/Not-Here"})
+    with pytest.raises(PresetMismatch, match="holds no samples"):
+        check_engine(engine, calibrated())
+    values = {"k": (1.0,) * SAMPLES, "v": (1.0,) * SAMPLES}
+    sampled = replace(calibrated(), weights=WeightSamples(layers={0: values}))
+    check_engine(engine, sampled)
+    with pytest.raises(PresetMismatch, match="not on this machine"):
+        refusals.check_weights(engine, sampled)
 
 
 def test_a_head_dim_that_no_band_fits_is_refused():
@@ -367,15 +402,17 @@ def test_a_head_dim_that_no_band_fits_is_refused():
 # --- the model ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("served", ["alias", ["alias", "second"], None])
-def test_all_names_of_a_model(served):
+def test_what_clients_call_a_model_says_nothing_of_its_weights():
     config = SimpleNamespace(
-        model="/models/a",
-        served_model_name=served,
-        hf_config=SimpleNamespace(_name_or_path="org/a"),
+        model_config=SimpleNamespace(
+            model="/models/a",
+            revision="v2",
+            served_model_name=["alias"],
+            hf_config=SimpleNamespace(_name_or_path="org/a"),
+        ),
+        load_config=SimpleNamespace(download_dir="/downloads"),
     )
-    aliases = [served] if isinstance(served, str) else served or []
-    assert model_names(config) == ["/models/a", *aliases, "org/a"]
+    assert served_model(config) == Served("/models/a", "v2", "/downloads", ("org/a",))
 
 
 def test_full_attention_layers_of_a_mixed_model():

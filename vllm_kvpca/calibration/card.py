@@ -18,7 +18,7 @@ MEASURED_ROW = "| Perplexity against stock |"
 """Start of the card's row that `vllm-kvpca presets --from-records` fills in."""
 
 _LIMITS = """\
-* For this model only: the server refuses it for any other name or shape.
+* For this model only: the server refuses it for other weights or another shape.
 * The basis fits text like the calibration text; other languages and domains may lose more.
 * What the table of measurements does not list was not measured.
 """

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from vllm_kvpca.calibration.collect import AttentionShape
 from vllm_kvpca.errors import CalibrationError
+from vllm_kvpca.preset.weights import NotComparable, WeightSamples, of_model
 
 
 def load(model: str, device: str = "auto", dtype: str = "auto") -> tuple[Any, Any]:
@@ -39,6 +41,19 @@ def load(model: str, device: str = "auto", dtype: str = "auto") -> tuple[Any, An
             "or a Hub name org/name."
         ) from error
     return tokenizer, network.to(device).eval()
+
+
+def samples_of(network: Any, shape: AttentionShape, quantized: str = "") -> WeightSamples | None:
+    """Samples by which a preset knows the model again; None where its weights have other names
+    than k_proj and v_proj, or are quantized: the name then has to do.
+
+    Args:
+        quantized: how the weights were quantized before they were unpacked.
+    """
+    try:
+        return of_model(network, shape.layers, shape.num_kv_heads * shape.head_dim, quantized)
+    except NotComparable:
+        return None
 
 
 def name_of(model: str) -> str:

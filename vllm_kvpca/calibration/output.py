@@ -13,6 +13,7 @@ from vllm_kvpca.errors import OptionsError
 from vllm_kvpca.preset import save_preset
 from vllm_kvpca.preset.find import CONFIG_FILE
 from vllm_kvpca.preset.schema import PresetConfig
+from vllm_kvpca.preset.weights import WeightSamples
 from vllm_kvpca.whole_files import PREFIX
 
 
@@ -64,7 +65,11 @@ def _check_one(folder: Path, overwrite: bool, own: Collection[str]) -> None:
 
 
 def write(
-    presets: Mapping[Path, PresetConfig], moments: Moments, source: Source, texts: str
+    presets: Mapping[Path, PresetConfig],
+    moments: Moments,
+    source: Source,
+    texts: str,
+    weights: WeightSamples | None = None,
 ) -> None:
     """Fit and write presets. All are fitted before the first is written.
 
@@ -73,6 +78,7 @@ def write(
         moments: of what `fit.wanted` names for each of them, at least.
         source: for the cards.
         texts: text of calibration.json (see `overlap.to_json`).
+        weights: of the model.
 
     Raises:
         CalibrationError: the model computed NaN or infinity.
@@ -84,7 +90,7 @@ def write(
         bases = fit_bases(own, config)
         fitted[folder] = bases, write_card(config, source, band_energy(own, bases, config))
     for folder, (bases, card) in fitted.items():
-        save_preset(folder, presets[folder], bases, card, texts)
+        save_preset(folder, presets[folder], bases, card, texts, weights)
 
 
 def as_preset(folder: Path) -> str:

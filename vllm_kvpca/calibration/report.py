@@ -12,11 +12,13 @@ from typing import Any
 import torch
 
 from vllm_kvpca.calibration.collect import Moments
+from vllm_kvpca.codec.threads import one_thread
 
 _FLOOR = 1e-12
 """Of the mean energy: what is weaker counts as this, so that a dead channel gives no infinity."""
 
 
+@one_thread()
 def spread(moments: Moments, layers: Sequence[int]) -> list[dict[str, Any]]:
     """One row for each layer and each of K and V, averaged over KV heads.
 

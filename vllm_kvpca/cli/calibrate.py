@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from vllm_kvpca.calibration.card import Source
     from vllm_kvpca.calibration.collect import AttentionShape, Moments
 
+QUANTIZED_HELP = (
+    "How the weights were quantized before they were unpacked, e.g. Q4_K_M: the preset then serves "
+    "the original's weights too, with a warning."
+)
 TEXT_HELP = "Text file, or folder with .txt files in it or below; more may follow it: --text a b c."
 
 
@@ -54,6 +58,7 @@ def calibrate(
         str, typer.Option(help="float32, bfloat16, ...; by default float32 on CPUs.")
     ] = "auto",
     note: Annotated[str, typer.Option(help="A sentence for the preset's card.")] = "",
+    quantized: Annotated[str, typer.Option(help=QUANTIZED_HELP)] = "",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace presets.")] = False,
     records: Annotated[
         Path | None,
@@ -72,7 +77,7 @@ def calibrate(
     from vllm_kvpca.calibration.card import source_of_now
     from vllm_kvpca.calibration.collect import attention_shape
     from vllm_kvpca.calibration.fit import check_format, preset_config, wanted
-    from vllm_kvpca.calibration.network import load, name_of
+    from vllm_kvpca.calibration.network import load, name_of, samples_of
     from vllm_kvpca.calibration.report import spread
     from vllm_kvpca.calibration.text import find_texts
     from vllm_kvpca.lab.record import make_record
@@ -99,7 +104,8 @@ def calibrate(
     )
     source = replace(source, tokens=moments.tokens)
     presets = {folders[one]: config for one, config in configs.items()}
-    outputs.write(presets, moments, source, overlap.to_json(files))
+    weights = samples_of(network, shape, quantized)
+    outputs.write(presets, moments, source, overlap.to_json(files), weights)
     rows = spread(moments, shape.layers)
     paths = []
     for one, folder in (outputs.folders(records, formats) if records else folders).items():

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from vllm_kvpca.cli.calibrate import TEXT_HELP, collect_moments
+from vllm_kvpca.cli.calibrate import QUANTIZED_HELP, TEXT_HELP, collect_moments
 from vllm_kvpca.errors import CalibrationError
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from vllm_kvpca.calibration.collect import AttentionShape
     from vllm_kvpca.calibration.tune import Tuner
     from vllm_kvpca.preset import Preset
+    from vllm_kvpca.preset.weights import WeightSamples
 
 
 def tune(
@@ -44,6 +45,7 @@ def tune(
     dtype: Annotated[
         str, typer.Option(help="float32, bfloat16, ...; by default float32 on CPUs.")
     ] = "auto",
+    quantized: Annotated[str, typer.Option(help=QUANTIZED_HELP)] = "",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a preset.")] = False,
 ) -> None:
     """Choose a format by measurement, fit its bases, and write a preset and a record.
@@ -57,7 +59,7 @@ def tune(
     from vllm_kvpca.calibration import text as texts
     from vllm_kvpca.calibration.card import source_of_now
     from vllm_kvpca.calibration.collect import attention_shape
-    from vllm_kvpca.calibration.network import load, name_of
+    from vllm_kvpca.calibration.network import load, name_of, samples_of
     from vllm_kvpca.calibration.tune import (
         STATE_FILE,
         Target,
@@ -113,7 +115,8 @@ def tune(
         with progress.tokens(console, total) as advance:
             tuner.per_layer(chosen, advance)
     # All of the text: what was measured on decided, so it says no more than what was fitted on.
-    _save(output, tuner, chosen, source, settings["measure_tokens"], overlap.to_json(files))
+    about = overlap.to_json(files), samples_of(network, shape, quantized)
+    _save(output, tuner, chosen, source, settings["measure_tokens"], *about)
     results = {"chosen": chosen.name, "formats": tuner.results, "layers": tuner.layers}
     settings |= {"target_ratio": target_ratio, "target_ppl_delta": target_ppl_delta}
     record = make_record("tune", [output.name], model, settings, results, files, seed)
@@ -163,7 +166,13 @@ def _measured(
 
 
 def _save(
-    output: Path, tuner: Tuner, chosen: Preset, source: Source, measured_on: int, texts: str
+    output: Path,
+    tuner: Tuner,
+    chosen: Preset,
+    source: Source,
+    measured_on: int,
+    texts: str,
+    weights: WeightSamples | None,
 ) -> None:
     from vllm_kvpca.calibration.card import write_card
     from vllm_kvpca.calibration.fit import band_energy
@@ -185,7 +194,7 @@ def _save(
     fitted = tuner.fitted(chosen)
     energy = band_energy(tuner.moments.only(list(fitted.bases)), fitted.bases, fitted.config)
     card = write_card(fitted.config, source, energy, measured)
-    save_preset(output, fitted.config, fitted.bases, card, texts)
+    save_preset(output, fitted.config, fitted.bases, card, texts, weights)
 
 
 def _report(tuner: Tuner, chosen: Preset, shape: AttentionShape) -> None:

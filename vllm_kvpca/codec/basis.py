@@ -12,6 +12,8 @@ from collections.abc import Sequence
 
 import torch
 
+from vllm_kvpca.codec.threads import one_thread
+
 LEAST_ENERGY = 1e-4
 """Share of the mean energy that every direction is taken to have at least."""
 ROTATED_RANGE = 2.0**96
@@ -53,6 +55,7 @@ def _dct(size: int) -> torch.Tensor:
     return matrix
 
 
+@one_thread()
 def pca_basis(second_moment: torch.Tensor) -> torch.Tensor:
     """Eigenvectors of E[x x^T], largest eigenvalue first. No mean is subtracted.
 
@@ -73,6 +76,7 @@ def pca_basis(second_moment: torch.Tensor) -> torch.Tensor:
     return (vectors * sign).float()
 
 
+@one_thread()
 def balanced_basis(moment: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Basis for vectors of which only products with others matter: keys, read by queries.
 
@@ -111,6 +115,7 @@ def _power(matrix: torch.Tensor, exponent: float) -> torch.Tensor:
     return (vectors * values.clamp_min(1e-30)[..., None, :] ** exponent) @ vectors.mT
 
 
+@one_thread()
 def encoder(basis: torch.Tensor) -> torch.Tensor:
     """E with E^T B = 1: the basis itself if it is orthonormal, else its inverse transposed.
 
@@ -120,6 +125,12 @@ def encoder(basis: torch.Tensor) -> torch.Tensor:
     if orthonormality_error(basis) < ORTHONORMAL_TOLERANCE:
         return basis
     return torch.linalg.inv(basis.double()).mT.contiguous().to(basis.dtype)
+
+
+@one_thread()
+def condition(basis: torch.Tensor) -> float:
+    """Largest condition number of a stack (..., head_dim, head_dim)."""
+    return float(torch.linalg.cond(basis.double()).max())
 
 
 def mix_bands(basis: torch.Tensor, widths: Sequence[int]) -> torch.Tensor:

@@ -13,6 +13,7 @@ automatic differentiation (see hf_cache.layer).
 
 from __future__ import annotations
 
+import logging
 import os
 from functools import partial
 from typing import Any, TypedDict
@@ -25,6 +26,9 @@ from vllm_kvpca.hf_cache.layer import CompressedLayer
 from vllm_kvpca.ops.layer_codec import LayerCodec
 from vllm_kvpca.pages.boundary import DEFAULT_COMPRESS_AFTER, DEFAULT_KEEP_RECENT, Policy
 from vllm_kvpca.preset import Preset, load_preset
+from vllm_kvpca.preset.identity import Served
+
+_logger = logging.getLogger("vllm.kvpca")
 
 ALIGN = 32
 """Tokens by which the boundary moves. Appending copies a layer's archive, so not every token."""
@@ -73,7 +77,6 @@ class PresetCache(Cache):
             config: the model's, if known.
         """
         self.preset = preset
-        self._names = _names(config)
         self._layers_known = config is not None
         self._device = device
         self._compressed = [i for i, layer in enumerate(layers) if layer is None]
@@ -146,7 +149,7 @@ class PresetCache(Cache):
                 f"the cache was asked for on {self._device}, but the model computes on {device}: "
                 "give load_preset_cache device=model.device, or leave it out."
             )
-        self.preset.check_model(self._names, self._num_layers, kv_heads, head_dim, self._compressed)
+        self.preset.check_shape(self._num_layers, kv_heads, head_dim, self._compressed)
         # Without calibration all layers share their bases.
         key = (layer if self.preset.config.calibrated else None, kv_heads, head_dim, dtype, device)
         if key not in self._codecs:
@@ -167,6 +170,7 @@ def load_preset_cache(
     keep_recent: int = DEFAULT_KEEP_RECENT,
     align: int = ALIGN,
     config: Any = None,
+    allow_other_weights: bool = False,
 ) -> PresetCache:
     """A cache for `model.generate(..., past_key_values=cache)`. Make one for each generation.
 
@@ -184,7 +188,9 @@ def load_preset_cache(
             its archive blocks.
         config: the model's config (`model.config`). With it layers with sliding windows and
             the like are left to transformers, and a calibrated preset is checked against the
-            model's name. Without it every layer the preset covers counts as full attention.
+            model's weights. Without it every layer the preset covers counts as full attention.
+        allow_other_weights: whether the preset may have been calibrated on other weights of the
+            same shape; see preset.identity.
 
     Raises:
         PresetError: the preset is not there, damaged, or of another model or shape. Heads and
@@ -197,7 +203,7 @@ def load_preset_cache(
     if config is None:
         layers = _layers_without_config(preset, num_layers)
     else:
-        layers = _layers_of(preset, config, num_layers)
+        layers = _layers_of(preset, config, num_layers, allow_other_weights)
     where = None if device is None else torch.device(device)
     return PresetCache(preset, policy, layers, where, config)
 
@@ -210,11 +216,13 @@ def _layers_without_config(preset: Preset, num_layers: int | None) -> list[Any]:
         )
     covered = preset.config.layers if preset.config.calibrated else None
     chosen = [i for i in range(num_layers) if covered is None or i in covered]
-    _check(preset, [], num_layers, None, chosen)
+    _check_shape(preset, num_layers, None, chosen)
     return [None if i in chosen else DynamicLayer() for i in range(num_layers)]
 
 
-def _layers_of(preset: Preset, config: Any, num_layers: int | None) -> list[Any]:
+def _layers_of(
+    preset: Preset, config: Any, num_layers: int | None, allow_other_weights: bool
+) -> list[Any]:
     text = config.get_text_config(decoder=True)
     have = text.num_hidden_layers
     if num_layers not in (None, have):
@@ -228,22 +236,27 @@ def _layers_of(preset: Preset, config: Any, num_layers: int | None) -> list[Any]
             f"{text.model_type} has no layer with standard full attention, and others are not "
             "compressed: use transformers' DynamicCache."
         )
-    _check(preset, _names(config), have, text, chosen)
+    _check_shape(preset, have, text, chosen)
+    _check_weights(preset, config, allow_other_weights)
     return layers
 
 
-def _check(preset: Preset, names: list[str], num_layers: int, text: Any, layers: list[int]) -> None:
-    """Refuse another model as far as it is known; what is not known is taken as right."""
+def _check_shape(preset: Preset, num_layers: int, text: Any, layers: list[int]) -> None:
+    """Refuse another shape as far as it is known; what is not known is taken as right."""
     shape = preset.config.model
     heads = getattr(text, "num_key_value_heads", None) or (shape and shape.num_kv_heads)
     head_dim = getattr(text, "head_dim", None) or (shape and shape.head_dim)
     if heads and head_dim:
-        preset.check_model(names, num_layers, heads, head_dim, layers)
+        preset.check_shape(num_layers, heads, head_dim, layers)
         preset.layout(head_dim)
 
 
-def _names(config: Any) -> list[str]:
-    return [name] if (name := getattr(config, "_name_or_path", "")) else []
+def _check_weights(preset: Preset, config: Any, allow_other: bool) -> None:
+    """A model that was built in memory has no name: nothing is known of its weights."""
+    name = getattr(config, "_name_or_path", "")
+    model = Served(name, getattr(config, "_commit_hash", None))
+    if name and (warning := preset.check_weights(model, allow_other)):
+        _logger.warning("%s", warning)
 
 
 def _uncompressed_bytes(layer: CompressedLayer) -> int:

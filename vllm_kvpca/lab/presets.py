@@ -10,9 +10,11 @@ import torch
 
 from vllm_kvpca.calibration.collect import AttentionShape
 from vllm_kvpca.calibration.fit import preset_config
+from vllm_kvpca.codec.threads import one_thread
 from vllm_kvpca.errors import OptionsError
 from vllm_kvpca.lab.engine import STOCK
 from vllm_kvpca.preset import Preset, load_preset
+from vllm_kvpca.preset.identity import Served
 
 RANDOM_CARD = (
     "# {name}\n\nBases are random: for measuring speed and capacity, of no use to a model.\n"
@@ -36,7 +38,8 @@ def check(names: Iterable[str], model: str) -> None:
     for name in names:
         preset = load_preset(name)
         heads = (shape.num_kv_heads, shape.head_dim)
-        preset.check_model([model], layers, *heads, list(shape.layers))
+        preset.check_shape(layers, *heads, list(shape.layers))
+        preset.check_weights(Served(model))
         preset.layout(shape.head_dim)
 
 
@@ -79,11 +82,12 @@ def random_preset(format: str, model: str, shape: AttentionShape, seed: int = 0)
     config = preset_config(format, model, None, shape)
     generator = torch.Generator().manual_seed(seed)
     size = (len(shape.layers), shape.num_kv_heads, shape.head_dim, shape.head_dim)
-    bases = {
-        which: torch.linalg.qr(torch.randn(size, generator=generator)).Q
-        for which in "kv"
-        if getattr(config, which).calibrated
-    }
+    with one_thread():
+        bases = {
+            which: torch.linalg.qr(torch.randn(size, generator=generator)).Q
+            for which in "kv"
+            if getattr(config, which).calibrated
+        }
     return Preset(format, config, bases)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from vllm_kvpca.codec.basis import ORTHONORMAL_TOLERANCE, orthonormality_error
+from vllm_kvpca.codec.basis import ORTHONORMAL_TOLERANCE, condition, orthonormality_error
 from vllm_kvpca.errors import PresetInvalid
 from vllm_kvpca.preset.find import BASIS_FILE, CONFIG_FILE, MAX_BYTES, file_of
 from vllm_kvpca.preset.schema import PresetConfig
@@ -100,11 +100,10 @@ def _check_layer(path: Path, which: str, basis: torch.Tensor, kind: str) -> None
     if not torch.isfinite(basis).all():
         raise PresetInvalid(f"{path}: {which}_basis holds NaN or infinity. {_AGAIN}")
     if kind == "balanced":
-        condition = float(torch.linalg.cond(basis.double()).max())
-        if not condition < MAX_CONDITION:
+        worst = condition(basis)
+        if not worst < MAX_CONDITION:
             raise PresetInvalid(
-                f"{path}: {which}_basis cannot be inverted (condition number {condition:.3g}). "
-                f"{_AGAIN}"
+                f"{path}: {which}_basis cannot be inverted (condition number {worst:.3g}). {_AGAIN}"
             )
         return
     error = orthonormality_error(basis)

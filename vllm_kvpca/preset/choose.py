@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from vllm_kvpca.preset.files import load_config
 from vllm_kvpca.preset.find import list_shipped
 from vllm_kvpca.preset.formats import DEFAULT, DEFAULT_WITH_KEY_BIAS, RECOMMENDED
-from vllm_kvpca.preset.names import same_family, same_model
+from vllm_kvpca.preset.identity import Served, fits
+from vllm_kvpca.preset.names import same_family
 from vllm_kvpca.preset.schema import PresetConfig
+from vllm_kvpca.preset.weights import load_samples
 
 
 def choose_preset(
-    names: Sequence[str], shape: tuple[int, int, int] | None = None, key_bias: bool = False
+    model: Served, shape: tuple[int, int, int] | None = None, key_bias: bool = False
 ) -> tuple[str, str]:
     """What the preset "auto" stands for.
 
     Args:
-        names: under which the model is known: path, served names.
+        model: where it is and what it is called.
         shape: layers, KV heads and head_dim of the model, None if not known.
         key_bias: whether its K has a bias.
 
@@ -26,12 +26,13 @@ def choose_preset(
         architecture, else a calibration-free default; and a sentence that says why.
     """
     shipped = list_shipped()
-    for name in shipped:
-        owner, _, format_name = name.partition("/")
-        if format_name == RECOMMENDED and any(same_model(owner, served) for served in names):
-            return name, "it is shipped for this model."
     for name, folder in shipped.items():
-        if folder and any(same_family(name.partition("/")[0], served) for served in names):
+        if folder and folder.name == RECOMMENDED:
+            config = load_config(name, folder)
+            if shape in (None, _shape(config)) and fits(config, load_samples(folder), model):
+                return name, "it is shipped for this model."
+    for name, folder in shipped.items():
+        if folder and same_family(name.partition("/")[0], model.name):
             config = load_config(name, folder)
             if not config.calibrated and shape in (None, _shape(config)):
                 return name, (

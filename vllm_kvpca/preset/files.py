@@ -5,6 +5,7 @@
                               float32 or float16, only for calibrated formats
 <folder>/README.md            the card: where it comes from, what was measured
 <folder>/calibration.json     the texts it was fitted to (see calibration.overlap); optional
+<folder>/weights.json         samples of the model's weights (see preset.weights); optional
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pydantic import ValidationError
 from safetensors.torch import save_file
 
 from vllm_kvpca.codec.basis import hadamard_basis
+from vllm_kvpca.codec.threads import one_thread
 from vllm_kvpca.errors import PresetInvalid, PresetMismatch, PresetNotFound
 from vllm_kvpca.pages.layer_plan import Stream
 from vllm_kvpca.pages.layout import ArchiveLayout
@@ -30,14 +32,15 @@ from vllm_kvpca.preset.find import (
     CARD_FILE,
     CONFIG_FILE,
     TEXTS_FILE,
+    WEIGHTS_FILE,
     list_shipped,
     preset_folder,
     read_file,
 )
-from vllm_kvpca.preset.forks import one_thread
 from vllm_kvpca.preset.formats import FORMATS, RECOMMENDED
-from vllm_kvpca.preset.names import same_family, same_model
+from vllm_kvpca.preset.identity import Served, check_weights
 from vllm_kvpca.preset.schema import PresetConfig, TensorFormat
+from vllm_kvpca.preset.weights import WeightSamples, load_samples
 from vllm_kvpca.whole_files import whole_files
 
 __all__ = ["Preset", "list_shipped", "load_config", "load_preset", "preset_folder", "save_preset"]
@@ -51,11 +54,13 @@ class Preset:
         name: how the user asked for it.
         config: the format, and the model it belongs to.
         bases: "k" and "v" to (layers, kv_heads, head_dim, head_dim) float32, where calibrated.
+        weights: samples of the weights it was calibrated on, None if it has none.
     """
 
     name: str
     config: PresetConfig
     bases: dict[str, torch.Tensor] = field(default_factory=dict)
+    weights: WeightSamples | None = None
 
     def layout(self, head_dim: int, block_size: int = 16) -> ArchiveLayout:
         """Page layout for one head dimension; `block_size` does not change the ratios."""
@@ -102,19 +107,12 @@ class Preset:
             index = self.config.layers.index(layer) if self.config.layers is not None else layer
             return self.bases[which][index][heads].contiguous()
 
-    def check_model(
-        self,
-        names: list[str],
-        num_layers: int,
-        num_kv_heads: int,
-        head_dim: int,
-        layers: list[int],
+    def check_shape(
+        self, num_layers: int, num_kv_heads: int, head_dim: int, layers: list[int]
     ) -> None:
-        """Refuse a model this preset was not made for.
+        """Refuse a model of another shape than the preset's.
 
         Args:
-            names: the model's path and other names; one of them must match the preset's.
-                None at all: the name is not known and not checked.
             num_layers, num_kv_heads, head_dim: the whole model's shape.
             layers: indices of the layers that would be compressed.
 
@@ -133,20 +131,22 @@ class Preset:
         covered = set(self.config.layers if self.config.layers is not None else range(num_layers))
         if missing := sorted(set(layers) - covered):
             wrong.append(f"no basis for layers {missing}")
-        same = same_model if self.config.calibrated else same_family
-        if names and not any(same(shape.name, name) for name in names):
-            wrong.append(f"model {shape.name}")
         if wrong:
-            model = names[0] if names else "MODEL"
             made = "calibrated" if self.config.calibrated else "chosen"
             raise PresetMismatch(
-                f"preset {self.name!r} was {made} for another model: it has "
-                f"{', '.join(wrong)}{f'; you have {model!r}' if names else ''}. "
+                f"preset {self.name!r} was {made} for {shape.name}, a model of another shape: it "
+                f"has {', '.join(wrong)}. "
                 f"Use a calibration-free format ({', '.join(FORMATS)}) or calibrate one: "
-                f"vllm-kvpca calibrate --model {model} "
+                "vllm-kvpca calibrate --model MODEL "
                 f"--format {self.config.format if self.config.calibrated else RECOMMENDED} "
                 "--text FILES --output DIR."
             )
+
+    def check_weights(
+        self, model: Served, allow_other: bool = False, later: bool = False
+    ) -> str | None:
+        """See identity.check_weights."""
+        return check_weights(self.name, self.config, self.weights, model, allow_other, later)
 
 
 def load_preset(name: str | os.PathLike[str]) -> Preset:
@@ -170,7 +170,7 @@ def load_preset(name: str | os.PathLike[str]) -> Preset:
     if not config.calibrated:
         return Preset(name, config)
     with one_thread():
-        return Preset(name, config, load_bases(name, folder, config))
+        return Preset(name, config, load_bases(name, folder, config), load_samples(folder))
 
 
 def load_config(name: str, folder: Path) -> PresetConfig:
@@ -205,6 +205,7 @@ def save_preset(
     bases: dict[str, torch.Tensor],
     card: str,
     texts: str = "",
+    weights: WeightSamples | None = None,
 ) -> None:
     """Write a preset folder: config.json, basis.safetensors (float16) and README.md.
 
@@ -213,6 +214,7 @@ def save_preset(
         bases: "k" and/or "v" to (layers, kv_heads, head_dim, head_dim).
         card: text of README.md.
         texts: text of calibration.json (see calibration.overlap), "" for none.
+        weights: of the model it was calibrated on.
 
     Raises:
         OutputError: the files cannot be written; then none is.
@@ -224,6 +226,8 @@ def save_preset(
         (new / CARD_FILE).write_text(card)
         if texts:
             (new / TEXTS_FILE).write_text(texts)
+        if weights:
+            (new / WEIGHTS_FILE).write_text(weights.to_json())
         if tensors:
             save_file(tensors, new / BASIS_FILE)
             # safetensors writes a file that only its owner can read; presets are shared.

@@ -19,11 +19,13 @@ CONFIG_FILE = "config.json"
 BASIS_FILE = "basis.safetensors"
 CARD_FILE = "README.md"
 TEXTS_FILE = "calibration.json"
+WEIGHTS_FILE = "weights.json"
 MAX_BYTES = {
     CONFIG_FILE: 1 << 16,
     BASIS_FILE: 1 << 30,
     CARD_FILE: 1 << 20,
     TEXTS_FILE: 1 << 20,
+    WEIGHTS_FILE: 1 << 16,
 }
 """A preset's files, and what they may hold. The largest basis of a known model is 0.3 GiB (80
 layers of 64 KV heads of 128); no other file comes near."""

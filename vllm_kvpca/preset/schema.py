@@ -104,6 +104,11 @@ class ModelShape(_Strict):
     num_kv_heads: int = Field(gt=0, le=MAX_KV_HEADS)
     head_dim: int = Field(gt=0, le=MAX_HEAD_DIM)
 
+    @property
+    def width(self) -> int:
+        """Rows of a layer's k_proj."""
+        return self.num_kv_heads * self.head_dim
+
 
 Layer = Annotated[int, Field(ge=0, lt=MAX_LAYERS)]
 
@@ -124,6 +129,12 @@ class PresetConfig(_Strict):
     def calibrated(self) -> bool:
         """Whether basis.safetensors is needed."""
         return self.k.calibrated or self.v.calibrated
+
+    @property
+    def covered(self) -> tuple[int, ...]:
+        """Indices of the layers that have a basis."""
+        assert self.model is not None
+        return self.layers if self.layers is not None else tuple(range(self.model.num_layers))
 
     @model_validator(mode="after")
     def _check(self) -> PresetConfig:

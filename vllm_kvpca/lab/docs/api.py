@@ -36,6 +36,8 @@ repository `org/name[@revision]`, or `auto` |
 most this many tokens stay raw |
 | `--kv-keep-recent TOKENS` | `"keep_recent"` | {recent} | tokens at the end of a \
 longer sequence that stay raw |
+| `--kv-allow-other-weights` | `"allow_other_weights"` | false | take a preset that was calibrated \
+on other weights of the same shape |
 
 `GET /kv_compression` and `/metrics`: [deploy](deploy.md), [metrics](metrics.md).
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from vllm_kvpca.errors import UnsupportedError
 from vllm_kvpca.preset.formats import AUTO
+from vllm_kvpca.preset.identity import Served
 from vllm_kvpca.serving.adapters.changes import Patch, Wrap
 from vllm_kvpca.serving.adapters.hooks import BACKEND_PATH
 from vllm_kvpca.serving.log import logger
@@ -39,9 +40,8 @@ def _prepare(engine_args: Any) -> Any:
     options = CompressionOptions.parse(args.additional_config[KEY])
     device_kind()  # refuses other platforms
     if options.preset == AUTO:
-        served = args.served_model_name
-        names = [args.model, *([served] if isinstance(served, str) else served or [])]
-        options = options.resolved(names, _text_config(args))
+        model = Served(args.model, args.revision, args.download_dir)
+        options = options.resolved(model, _text_config(args))
     cached_preset.cache_clear()  # a folder may hold another preset than for an earlier engine
     preset = cached_preset(options.preset)
     args.additional_config = {**args.additional_config, KEY: options.model_dump()}

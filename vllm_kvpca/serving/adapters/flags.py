@@ -14,6 +14,7 @@ _KEYS = {
     "kv_compression_preset": "preset",
     "kv_compress_after": "compress_after",
     "kv_keep_recent": "keep_recent",
+    "kv_allow_other_weights": "allow_other_weights",
 }
 """Name in the parsed arguments -> key of the options."""
 
@@ -35,6 +36,12 @@ _FLAGS: dict[str, dict[str, Any]] = {
         "help": "Tokens at the end of a longer sequence that stay raw "
         f"(default: {DEFAULT_KEEP_RECENT}).",
     },
+    "--kv-allow-other-weights": {
+        "nargs": 0,
+        "const": True,
+        "help": "Take a preset that was calibrated on other weights of the same shape, for a "
+        "fine-tune say: what it costs is then not measured.",
+    },
 }
 FLAGS = tuple(_FLAGS)
 
@@ -46,7 +53,7 @@ class _StoreOption(argparse.Action):
     def __call__(
         self, parser: Any, namespace: Any, values: Any, option_string: str | None = None
     ) -> None:
-        setattr(namespace, self.dest, values)
+        setattr(namespace, self.dest, self.const if self.nargs == 0 else values)
         _keep(_given(namespace), namespace)
 
 
@@ -97,7 +104,7 @@ def _from_cli_args(original: Any) -> Any:
 PATCH = Patch(
     title="flags",
     why="A general plugin cannot add engine arguments.",
-    how="`add_cli_args` adds a group of three flags to vLLM's parser. Each keeps its value in "
+    how="`add_cli_args` adds a group of four flags to vLLM's parser. Each keeps its value in "
     '`additional_config["kv_compression"]`, which reaches every process; `from_cli_args` puts it '
     "there once more, because an --additional-config behind the flag would replace it.",
     waits_for="a way for general plugins to add engine arguments",

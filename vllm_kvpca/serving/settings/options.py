@@ -6,7 +6,6 @@ and is part of vLLM's compile-cache key.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -18,6 +17,7 @@ from vllm_kvpca.preset import Preset, load_preset
 from vllm_kvpca.preset.choose import choose_preset
 from vllm_kvpca.preset.files import list_shipped
 from vllm_kvpca.preset.formats import AUTO
+from vllm_kvpca.preset.identity import Served
 from vllm_kvpca.serving.log import logger
 
 KEY = "kv_compression"
@@ -36,6 +36,8 @@ class CompressionOptions(BaseModel):
     Attributes:
         preset: a preset folder, a Hub repository, a shipped name or "auto".
         compress_after, keep_recent: tokens; see pages.boundary.
+        allow_other_weights: whether a preset may have been calibrated on other weights of the
+            same shape; see preset.identity.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -43,6 +45,7 @@ class CompressionOptions(BaseModel):
     preset: str
     compress_after: int = DEFAULT_COMPRESS_AFTER
     keep_recent: int = DEFAULT_KEEP_RECENT
+    allow_other_weights: bool = False
 
     @field_validator("compress_after", "keep_recent", mode="before")
     @classmethod
@@ -76,17 +79,17 @@ class CompressionOptions(BaseModel):
         Policy(options.compress_after, options.keep_recent)
         return options
 
-    def resolved(self, names: Sequence[str], model_config: Any = None) -> CompressionOptions:
+    def resolved(self, model: Served, model_config: Any = None) -> CompressionOptions:
         """These options with the preset that "auto" stands for.
 
         Args:
-            names: of the model: its path, its served names.
+            model: where it is and what it is called.
             model_config: the model's configuration (of transformers), None if not known.
         """
         if self.preset != AUTO:
             return self
         facts = (model_shape(model_config), has_key_bias(model_config)) if model_config else ()
-        preset, why = choose_preset(names, *facts)
+        preset, why = choose_preset(model, *facts)
         logger.info("KV compression preset auto is %s: %s", preset, why)
         return self.model_copy(update={"preset": preset})
 
@@ -103,12 +106,16 @@ def cached_preset(name: str) -> Preset:
     return load_preset(name)
 
 
-def model_names(model_config: Any) -> list[str]:
-    """Names under which a model may be known: path, served names, the name in its config."""
-    served = model_config.served_model_name
-    names = [model_config.model, *([served] if isinstance(served, str) else served or [])]
-    names.append(getattr(model_config.hf_config, "_name_or_path", ""))
-    return [name for name in dict.fromkeys(names) if name]
+def served_model(vllm_config: Any) -> Served:
+    """Where the model is and what it is called. What clients call it says nothing of it."""
+    model = vllm_config.model_config
+    own = getattr(model.hf_config, "_name_or_path", "")
+    return Served(
+        model.model,
+        model.revision,
+        vllm_config.load_config.download_dir,
+        (own,) if own else (),
+    )
 
 
 def has_key_bias(config: Any) -> bool:

@@ -10,7 +10,12 @@ from vllm_kvpca.pages.block_sizes import BLOCK_STEP, SMALLEST_RAW_BLOCK
 from vllm_kvpca.preset import Preset
 from vllm_kvpca.preset.formats import DEFAULT_WITH_KEY_BIAS
 from vllm_kvpca.serving.log import logger
-from vllm_kvpca.serving.settings.options import full_attention_layers, has_key_bias, model_names
+from vllm_kvpca.serving.settings.options import (
+    CompressionOptions,
+    full_attention_layers,
+    has_key_bias,
+    served_model,
+)
 
 
 def check_engine(vllm_config: Any, preset: Preset) -> None:
@@ -30,14 +35,14 @@ def check_engine(vllm_config: Any, preset: Preset) -> None:
             "Drop those options, or serve without --kv-compression-preset."
         )
     model = vllm_config.model_config
-    preset.check_model(
-        model_names(model),
+    preset.check_shape(
         model.get_total_num_hidden_layers(),
         model.get_total_num_kv_heads(),
         model.get_head_size(),
         full_attention_layers(model),
     )
     preset.layout(model.get_head_size())
+    check_weights(vllm_config, preset, later=True)
     k = preset.config.k
     if k.basis == "identity" and k.bands[0].bits < RAW_BITS and has_key_bias(model.hf_text_config):
         logger.warning(
@@ -46,6 +51,21 @@ def check_engine(vllm_config: Any, preset: Preset) -> None:
             preset.name,
             DEFAULT_WITH_KEY_BIAS,
         )
+
+
+def check_weights(vllm_config: Any, preset: Preset, later: bool = False) -> None:
+    """Refuse, or warn of, weights that are not those the preset was calibrated on.
+
+    Args:
+        later: whether it is asked again once the model's files have been downloaded.
+
+    Raises:
+        PresetMismatch: see preset.identity.
+    """
+    options = CompressionOptions.of(vllm_config)
+    allowed = options is not None and options.allow_other_weights
+    if warning := preset.check_weights(served_model(vllm_config), allowed, later):
+        logger.warning("%s", warning)
 
 
 def _unsupported(config: Any) -> list[tuple[bool, str]]:

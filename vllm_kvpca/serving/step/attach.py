@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,12 +24,19 @@ from vllm_kvpca.pages.block_sizes import RAW_BLOCKS, BlockSizes, choose_blocks
 from vllm_kvpca.pages.layer_plan import LayerPlan
 from vllm_kvpca.pages.layout import raw_token_bytes
 from vllm_kvpca.preset import FORMATS, Preset
+from vllm_kvpca.preset.weights import NotComparable, of_checkpoint
 from vllm_kvpca.serving.cache.pairs import ARCHIVE_SUFFIX
 from vllm_kvpca.serving.cache.specs import ArchiveSpec, RecentSpec
 from vllm_kvpca.serving.log import logger
 from vllm_kvpca.serving.observe.times import timer_of
 from vllm_kvpca.serving.platform import device_kind
-from vllm_kvpca.serving.settings.options import CompressionOptions, cached_preset
+from vllm_kvpca.serving.settings.options import (
+    CompressionOptions,
+    cached_preset,
+    full_attention_layers,
+    served_model,
+)
+from vllm_kvpca.serving.settings.refusals import check_weights
 from vllm_kvpca.serving.step.archive_layer import ArchiveLayer, CompressedImpl
 
 _NOT_THE_MODEL = ("transformers_version", "torch_dtype", "dtype")
@@ -51,6 +59,8 @@ def attach_archive(impl: CompressedImpl, vllm_config: Any) -> ArchiveLayer:
     options = CompressionOptions.of(vllm_config)
     assert options is not None
     preset = cached_preset(options.preset)
+    if not any(is_compressed(x) and x.impl.archive is not None for x in context.values()):
+        check_weights(vllm_config, preset)  # the model's files are surely on this machine by now
     plan = layer_plan(vllm_config, options, preset, layer)
     codec = _layer_codec(preset, name, layer, vllm_config, plan)
     common = {
@@ -96,8 +106,26 @@ def layer_plan(
         compress_after=options.compress_after,
         keep_recent=options.keep_recent,
         kv_heads=layer.num_kv_heads,
-        model=config_digest(vllm_config.model_config.hf_text_config),
+        model=model_digest(vllm_config),
     )
+
+
+def model_digest(vllm_config: Any) -> str:
+    """Of the model's configuration and, where its files can be read, samples of its weights."""
+    model = vllm_config.model_config
+    width = model.get_total_num_kv_heads() * model.get_head_size()
+    weights = _weights_digest(
+        served_model(vllm_config).folder, tuple(full_attention_layers(model)), width
+    )
+    return config_digest(model.hf_text_config) + weights
+
+
+@cache
+def _weights_digest(folder: Path | None, layers: tuple[int, ...], width: int) -> str:
+    try:
+        return of_checkpoint(folder, layers, width).digest if folder and layers else ""
+    except NotComparable:
+        return ""
 
 
 def config_digest(config: Any) -> str:
