@@ -12,7 +12,7 @@ from vllm_kvpca.calibration.card import MEASURED_ROW
 from vllm_kvpca.cli.main import app
 from vllm_kvpca.lab.docs import preset_cards as measured
 from vllm_kvpca.lab.record import load_all
-from vllm_kvpca.preset import FORMATS, find, list_shipped
+from vllm_kvpca.preset import find, list_shipped
 
 RECORDS = Path(__file__).parents[2] / "benchmarks" / "records"
 SMOLLM2 = "HuggingFaceTB--SmolLM2-135M-Instruct"
@@ -38,16 +38,72 @@ def test_the_list_for_programs():
     assert rows["Qwen--Qwen2.5-7B/kh8v4"]["measured"] == []
 
 
-def test_the_list_for_people():
-    result = run()
+def test_the_list_has_one_whole_line_for_each_preset_at_80_columns():
+    """Rendered as a terminal shows it: nothing is longer than it, so nothing is wrapped or cut."""
+    result = run(columns=80)
     assert result.exit_code == 0, result.output
-    lines = [line for line in result.stdout.splitlines() if line.startswith("│")]
-    for name in FORMATS:
-        assert any(name in line for line in lines)
-    (qwen,) = (line for line in lines if "Qwen2.5-7B/kh8v4" in line)
-    assert "2.61" in qwen and "not measured" in qwen
-    (k5v4,) = (line for line in lines if f"{SMOLLM2}/k5v4" in line)
-    assert "94% of keys archived" in k5v4
+    lines = result.stdout.splitlines()
+    assert all(len(line) <= 80 for line in lines)
+    rows = {row["name"]: row for row in json.loads(run("--json").stdout)}
+    first_words = [line.split()[0] for line in lines if line.startswith("  ")]
+    assert first_words == ["total", *rows]  # the heading of the columns, then each full name once
+    model = None
+    for line in lines:
+        words = line.split()
+        if not line.startswith("  "):
+            model = line
+        elif words[0] in rows:
+            row = rows[words[0]]
+            assert model == (row["model"] or "any model")
+            worst = max((one["change"] for one in hardest(row)), default=None)
+            assert words[1:] == [
+                f"{row['total_ratio']:.2f}x",
+                f"{row['v_ratio']:.2f}x",
+                "-" if worst is None else f"{worst:+.2%}",
+            ]
+
+
+def hardest(row):
+    """Of each model the case in which most of what was attended to was archived."""
+    by_model = {}
+    for one in row["measured"]:
+        most = by_model.setdefault(one["model"], one)
+        if one["archived"] > most["archived"]:
+            by_model[one["model"]] = one
+    return by_model.values()
+
+
+def test_the_list_does_not_depend_on_the_terminal():
+    """So that a pipe or a log has the same lines."""
+    assert run(columns=40).stdout == run(columns=300).stdout
+
+
+@pytest.mark.parametrize("arguments", [("--verbose",), ("k8v4", f"{SMOLLM2}/k5v4")])
+def test_details(arguments):
+    result = run(*arguments, columns=80)
+    assert result.exit_code == 0, result.output
+    assert all(len(line) <= 80 for line in result.stdout.splitlines())
+    shown = {part.split()[0]: " ".join(part.split()) for part in result.stdout.split("\n\n")}
+    assert list(shown) == (list(list_shipped()) if "--verbose" in arguments else list(arguments))
+    assert "2.61x (V alone 3.88x) at head_dim 128" in shown["k8v4"]
+    own = shown[f"{SMOLLM2}/k5v4"]
+    assert "3.28x (V alone 3.76x) at head_dim 64" in own and "K in a basis weighted by" in own
+    assert "94% of keys archived (SmolLM2-135M-Instruct, float16, 0/0," in own
+    assert "float16, 512/256," in own and "model HuggingFaceTB/SmolLM2-135M-Instruct" in own
+    for name, text in shown.items():
+        assert f"--kv-compression-preset {name}" in text
+    if "--verbose" in arguments:
+        assert "measured not measured" in shown["Qwen--Qwen2.5-7B/kh8v4"]
+
+
+def test_a_preset_that_is_not_shipped_is_shown_too(tmp_path):
+    folder = tmp_path / "mine"
+    shutil.copytree(list_shipped()[f"{SMOLLM2}/k4v4"], folder)
+    assert "3.76x" in run(str(folder)).stdout
+    (row,) = json.loads(run(str(folder), "--json").stdout)
+    assert row["name"] == str(folder) and row["format"] == "k4v4" and row["measured"] == []
+    result = run("k9v9")
+    assert result.exit_code == 1 and "there is no preset 'k9v9'" in result.stderr
 
 
 def test_presets_say_what_the_records_say():

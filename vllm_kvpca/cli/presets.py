@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import textwrap
+from collections.abc import Iterable
 from dataclasses import asdict
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from vllm_kvpca.errors import OptionsError
 
@@ -18,9 +19,21 @@ if TYPE_CHECKING:
 
 USUAL_HEAD_DIM = 128
 """Ratios of formats that fit any model are given for this head_dim, which most models have."""
+WIDTH = 80
+_LEGEND = f"""\
+total and V: raw bytes / archived bytes of K and V, and of V alone, scales included; for any model \
+at head_dim {USUAL_HEAD_DIM}. loss: relative change of perplexity against stock vLLM, the hardest \
+case that was measured; - if none was. More of each: vllm-kvpca presets NAME, or --verbose."""
 
 
 def presets(
+    name: Annotated[
+        list[str] | None,
+        typer.Argument(help="Show these in detail: a shipped name, a folder or a Hub repository."),
+    ] = None,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="Show all shipped presets in detail.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
     from_records: Annotated[
         Path | None,
@@ -30,40 +43,35 @@ def presets(
         bool, typer.Option("--check", help="With --from-records: change nothing, fail if stale.")
     ] = False,
 ) -> None:
-    """List the shipped presets."""
+    """List the shipped presets, a line for each; those that are named in detail."""
     if from_records:
         _update(from_records, check)
         return
-    rows = list_rows()
+    rows = list_rows(name)
     if as_json:
         print(json.dumps([{**row, "measured": _plain(row["measured"])} for row in rows], indent=2))
-        return
-    table = Table(
-        caption=f"Ratio: raw bytes / archived bytes, scales included; total is K and V. For any "
-        f"model: at head_dim {USUAL_HEAD_DIM}. Measured: perplexity against stock vLLM (95 % "
-        "interval), and the share of attended keys that were archived.",
-        caption_justify="left",
-    )
-    for column in ("name", "model"):
-        table.add_column(column, overflow="fold")
-    for column in ("total ratio", "V ratio"):
-        table.add_column(column, justify="right")
-    table.add_column("measured", overflow="fold")
-    for row in rows:
-        ratios = (f"{row['total_ratio']:.2f}", f"{row['v_ratio']:.2f}")
-        table.add_row(row["name"], row["model"] or "any", *ratios, _measured(row))
-    Console().print(table)
+    elif name or verbose:
+        print("\n\n".join(_details(row) for row in rows))
+    else:
+        print("\n".join(_list(rows)))
 
 
-def list_rows() -> list[dict[str, Any]]:
-    """A dictionary for each shipped preset: name, model (None: any), format, description,
-    total_ratio and v_ratio at head_dim, and the rows that were measured."""
+def list_rows(names: Iterable[str] | None = None) -> list[dict[str, Any]]:
+    """A dictionary for each preset: name, model (None: any), format, description, total_ratio and
+    v_ratio at head_dim, and the rows that were measured.
+
+    Args:
+        names: see preset.load_preset; by default all shipped ones.
+
+    Raises:
+        PresetError: there is none of a name, or it is damaged.
+    """
     from vllm_kvpca.preset import list_shipped, load_preset
     from vllm_kvpca.preset.measured import load_measured
 
     measured = load_measured()
     rows = []
-    for name in list_shipped():
+    for name in names or list_shipped():
         config = (preset := load_preset(name)).config
         head_dim = config.model.head_dim if config.model else USUAL_HEAD_DIM
         layout = preset.layout(head_dim)
@@ -86,14 +94,60 @@ def _plain(rows: list[Measured]) -> list[dict[str, Any]]:
     return [asdict(row) for row in rows]
 
 
-def _measured(row: dict[str, Any]) -> str:
-    """Of every model the hardest case; the model is named where the preset fits any."""
-    from vllm_kvpca.preset.measured import NOT_MEASURED, hardest
+def _list(rows: list[dict[str, Any]]) -> list[str]:
+    """A heading for each model, and below it a line for each preset, with its full name: what can
+    be copied to --kv-compression-preset is never cut or wrapped."""
+    width = max(len(row["name"]) for row in rows)
+    lines = [f"  {'':{width}}  total      V     loss"]
+    for model, own in groupby(rows, key=lambda row: row["model"]):
+        lines.append(model or "any model")
+        lines += [
+            f"  {row['name']:{width}}  {row['total_ratio']:.2f}x  {row['v_ratio']:.2f}x"
+            f"  {_loss(row['measured']):>7}"
+            for row in own
+        ]
+    return [*lines, "", *textwrap.wrap(_LEGEND, WIDTH)]
 
+
+def _loss(rows: list[Measured]) -> str:
+    """Of every model the hardest case, and of these the worst."""
+    from vllm_kvpca.preset.measured import hardest
+
+    changes = [row.change for row in hardest(rows)]
+    return f"{max(changes):+.2%}" if changes else "-"
+
+
+def _details(row: dict[str, Any]) -> str:
+    from vllm_kvpca.preset.measured import describe
+
+    ratio = (
+        f"{row['total_ratio']:.2f}x (V alone {row['v_ratio']:.2f}x) at head_dim {row['head_dim']}, "
+        "scales included"
+    )
     lines = [
-        one.short + ("" if row["model"] else f", {one.model}") for one in hardest(row["measured"])
+        ("", row["description"]),
+        ("model", row["model"] or "any"),
+        ("format", row["format"]),
+        ("ratio", ratio),
+        *(("measured", describe([one], with_model=True)) for one in row["measured"]),
     ]
-    return "\n".join(lines) or NOT_MEASURED
+    if not row["measured"]:
+        lines.append(("measured", describe([], with_model=True)))
+    lines.append(("", f"--kv-compression-preset {row['name']}"))
+    return "\n".join([row["name"], *(_wrapped(title, text) for title, text in lines)])
+
+
+def _wrapped(title: str, text: str) -> str:
+    """Names are not broken: they are there to be copied."""
+    first = f"  {title:10}" if title else "  "
+    return textwrap.fill(
+        text,
+        WIDTH,
+        initial_indent=first,
+        subsequent_indent=" " * len(first),
+        break_on_hyphens=False,
+        break_long_words=False,
+    )
 
 
 def _update(records: Path, check: bool) -> None:
