@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, Qwen2Config
 
 from vllm_kvpca import load_preset_cache
 from vllm_kvpca.codec import hadamard_basis
@@ -314,6 +314,16 @@ def test_a_config_of_another_model_is_refused_at_once(calibrated, model, changes
         load_preset_cache(calibrated, config=config)
     config = type(model.config)(**model.config.to_dict())
     config._name_or_path = "somewhere/Tiny"
+    assert load_preset_cache(calibrated, config=config).get_seq_length() == 0
+
+
+def test_a_head_dim_that_the_config_leaves_out_is_compared_at_once(calibrated):
+    config = Qwen2Config(
+        num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, hidden_size=256
+    )
+    with pytest.raises(PresetMismatch, match=r"head_dim 32 \(the model has 64\)"):
+        load_preset_cache(calibrated, config=config)
+    config.hidden_size = 128
     assert load_preset_cache(calibrated, config=config).get_seq_length() == 0
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import pytest
+import torch
 import typer
 from transformers import Gemma3TextConfig, LlamaConfig
 from typer.testing import CliRunner
 
 from vllm_kvpca.cli.main import app
 from vllm_kvpca.errors import LayoutError, OptionsError, PresetMismatch, PresetNotFound
-from vllm_kvpca.lab import engine, gpu_engines, presets
+from vllm_kvpca.lab import attention_contenders, engine, gpu_engines, presets
 from vllm_kvpca.lab.measurements import tasks
 from vllm_kvpca.preset import load_preset
 
@@ -81,6 +82,28 @@ def test_only_layers_with_full_attention_need_a_basis(model):
     preset = load_preset("google--gemma-3-270m/k4v4")
     assert presets.shape_of(folder).layers == preset.config.layers == (5, 11, 17)
     presets.check([preset.name], folder)
+
+
+def test_a_preset_of_some_layers_can_be_timed():
+    shape = attention_contenders.Shape(1, 64, heads=4, kv_heads=1, head_dim=256)
+    name = "google--gemma-3-270m/k4v4"
+    _, codec = attention_contenders._layer(name, shape, torch.device("cpu"))
+    wanted = load_preset(name).basis("k", 5, [0], 256)  # of its first layer with full attention
+    assert torch.equal(codec.k_basis.float(), wanted.to(codec.k_basis.dtype).float())
+
+
+@pytest.mark.parametrize(
+    ("shape", "words"),
+    [
+        ({"num_hidden_layers": 12}, r"num_layers 30 \(the model has 12\)"),
+        ({"num_key_value_heads": 9}, r"num_kv_heads 3 \(the model has 9\)"),
+        ({"head_dim": 128}, r"head_dim 64 \(the model has 128\)"),
+    ],
+)
+def test_each_number_that_differs_is_named(shape, words, model):
+    with pytest.raises(PresetMismatch, match=words) as refusal:
+        presets.check([SMOLLM2], model("SmolLM2-135M-Instruct", **shape))
+    assert str(refusal.value).count("(the model has") == 1
 
 
 def test_what_cannot_be_checked_is_refused_too(model):

@@ -296,7 +296,12 @@ RIGHT_BYTES = 2 * LAYERS * KV_HEADS * HEAD_DIM**2
         (b"\xff" * 100, 0, None, r"cannot be read"),
         ({"v_basis": entry("F16", (2**40,), 2**41)}, 0, None, r"cannot be read"),
         ({"v_basis": entry("F32", (2**14, 2**14), 2**30)}, 2**30, None, r"larger than"),
-        ({"v_basis": entry("F32", (2**13, 2**13), 2**28)}, 2**28, None, r"is F32 \(8192, 8192\)"),
+        (
+            {"v_basis": entry("F32", (2**13, 2**13), 2**28)},
+            2**28,
+            None,
+            r"dimensions \(8192, 8192\), not",
+        ),
         # Offsets that do not fit the shape, lie outside, or leave a gap.
         ({"v_basis": entry("F16", RIGHT, 8)}, RIGHT_BYTES, None, r"cannot be read"),
         ({"v_basis": entry("F16", RIGHT, RIGHT_BYTES)}, 8, None, r"cannot be read"),
@@ -328,18 +333,27 @@ def test_wrong_tensor_names(folder, names):
 
 
 @pytest.mark.parametrize(
-    "shape",
+    ("shape", "words"),
     [
-        (LAYERS - 1, KV_HEADS, HEAD_DIM, HEAD_DIM),
-        (LAYERS, KV_HEADS + 1, HEAD_DIM, HEAD_DIM),
-        (LAYERS, KV_HEADS, HEAD_DIM, HEAD_DIM // 2),
-        (LAYERS, KV_HEADS, HEAD_DIM * HEAD_DIM),
-        (0,),
+        ((LAYERS - 1, KV_HEADS, HEAD_DIM, HEAD_DIM), "layers 2, not 3"),
+        ((LAYERS, KV_HEADS + 1, HEAD_DIM, HEAD_DIM), "num_kv_heads 3, not 2"),
+        ((LAYERS, KV_HEADS, HEAD_DIM, HEAD_DIM // 2), "head_dim 32, not 64"),
+        ((LAYERS, 1, 128, 128), "num_kv_heads 1, not 2, head_dim 128, not 64"),
+        (
+            (LAYERS, KV_HEADS, HEAD_DIM * HEAD_DIM),
+            r"dimensions \(3, 2, 4096\), not \(3, 2, 64, 64\)",
+        ),
+        ((0,), r"dimensions \(0,\), not \(3, 2, 64, 64\)"),
     ],
 )
-def test_a_basis_of_another_shape(folder, shape):
+def test_a_basis_of_another_shape(folder, shape, words):
     write_basis(folder, v_basis=torch.zeros(shape))
-    refused(folder, r"v_basis is F32 \(.*config\.json says")
+    refused(folder, rf"another shape than config\.json says: v_basis has {words}\. Download")
+
+
+def test_bases_of_some_layers_are_as_many_as_config_lists(tmp_path):
+    save_preset(tmp_path, make_config(layers=(0, 2)), {"v": orthonormal(3)}, "")
+    refused(tmp_path, "v_basis has layers 3, not 2")
 
 
 @pytest.mark.parametrize(

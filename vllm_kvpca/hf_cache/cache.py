@@ -245,7 +245,7 @@ def _check_shape(preset: Preset, num_layers: int, text: Any, layers: list[int]) 
     """Refuse another shape as far as it is known; what is not known is taken as right."""
     shape = preset.config.model
     heads = getattr(text, "num_key_value_heads", None) or (shape and shape.num_kv_heads)
-    head_dim = getattr(text, "head_dim", None) or (shape and shape.head_dim)
+    head_dim = _head_dim(text) or (shape and shape.head_dim)
     if heads and head_dim:
         preset.check_shape(num_layers, heads, head_dim, layers)
         preset.layout(head_dim)
@@ -257,6 +257,14 @@ def _check_weights(preset: Preset, config: Any, allow_other: bool) -> None:
     model = Served(name, getattr(config, "_commit_hash", None))
     if name and (warning := preset.check_weights(model, allow_other)):
         _logger.warning("%s", warning)
+
+
+def _head_dim(text: Any) -> int | None:
+    """None where the config does not say; Qwen2's and others' say it by the width of all heads."""
+    if own := getattr(text, "head_dim", None):
+        return own
+    width, heads = (getattr(text, one, None) for one in ("hidden_size", "num_attention_heads"))
+    return width // heads if width and heads else None
 
 
 def _uncompressed_bytes(layer: CompressedLayer) -> int:

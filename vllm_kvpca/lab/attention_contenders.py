@@ -247,8 +247,9 @@ def _layer(name: str, shape: Shape, device: torch.device) -> tuple[LayerPlan, La
     streams, dtype = preset.streams(shape.head_dim), torch.bfloat16
     plan = LayerPlan(streams, dtype, blocks.raw_block, blocks.archive_block, after, kept)
     bases = {}
+    first = (preset.config.layers or (0,))[0]  # a preset may cover some layers only
     for which in "kv":
-        basis = preset.basis(which, 0, list(range(shape.kv_heads)), shape.head_dim)
+        basis = preset.basis(which, first, list(range(shape.kv_heads)), shape.head_dim)
         bases[f"{which}_basis"] = None if basis is None else basis.to(device)
     return plan, LayerCodec(plan.archive, dtype=dtype, **bases)
 

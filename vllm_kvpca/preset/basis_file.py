@@ -18,6 +18,7 @@ MAX_HEADER_BYTES = 1 << 16
 MAX_CONDITION = 1e4
 """Of bases that are not orthonormal: beyond this the float16 of a file is not exact enough."""
 _DTYPES = ("F16", "F32")
+_AXES = ("layers", "num_kv_heads", "head_dim", "head_dim")
 _AGAIN = "Download it again or calibrate it anew."
 
 
@@ -88,11 +89,21 @@ def _check_header(path: Path, file: safe_open, wanted: list[str], shape: tuple[i
     for which in wanted:
         tensor = file.get_slice(f"{which}_basis")
         dtype, have = tensor.get_dtype(), tuple(tensor.get_shape())
-        if have != shape or dtype not in _DTYPES:
+        if dtype not in _DTYPES:
+            raise PresetInvalid(f"{path}: {which}_basis is {dtype}, not F16 or F32. {_AGAIN}")
+        if have != shape:
             raise PresetInvalid(
-                f"{path}: {which}_basis is {dtype} {have}, not F16 or F32 {shape} as "
-                f"{CONFIG_FILE} says. {_AGAIN}"
+                f"{path} is of another shape than {CONFIG_FILE} says: {which}_basis has "
+                f"{_differing(have, shape)}. {_AGAIN}"
             )
+
+
+def _differing(have: tuple[int, ...], shape: tuple[int, ...]) -> str:
+    """The numbers of a basis that are not those declared, e.g. "head_dim 64, not 128"."""
+    if len(have) != len(shape):
+        return f"dimensions {have}, not {shape}"
+    pairs = zip(_AXES, have, shape, strict=True)
+    return ", ".join(dict.fromkeys(f"{axis} {a}, not {b}" for axis, a, b in pairs if a != b))
 
 
 def _check_layer(path: Path, which: str, basis: torch.Tensor, kind: str) -> None:
