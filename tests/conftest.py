@@ -36,6 +36,14 @@ EACH_VLLM = (
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     mark_each_vllm(items)
     leave_out_gpu(config, items)
+    keep_together(items)
+
+
+def keep_together(items: list[pytest.Item]) -> None:
+    """With pytest-xdist a file stays in one process, and all engines run one after the other."""
+    for item in items:
+        group = "engines" if item.get_closest_marker("e2e") else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 def leave_out_gpu(config: pytest.Config, items: list[pytest.Item]) -> None:
