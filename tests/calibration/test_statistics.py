@@ -85,3 +85,31 @@ def test_bootstrap_interval_is_the_normal_one_where_that_holds():
     error = 1.96 * difference.std() / 20
     assert math.log1p(low) == pytest.approx(difference.mean() - error, abs=error / 10)
     assert math.log1p(high) == pytest.approx(difference.mean() + error, abs=error / 10)
+
+
+def test_mcnemar_is_the_binomial_test_of_what_parts_them():
+    # Fagerland, Lydersen & Laake, BMC Medical Research Methodology 13 (2013), table 1: 1 and 7.
+    assert statistics.mcnemar(1, 7) == pytest.approx(0.0703125)
+    assert statistics.mcnemar(7, 1) == statistics.mcnemar(1, 7)
+    assert statistics.mcnemar(0, 0) == statistics.mcnemar(3, 3) == 1
+
+
+def test_interval_of_a_paired_difference():
+    low, high = statistics.paired_difference(1, 7, 21)
+    # By hand: 2/23 and 8/23, difference 6/23, its error 1.96 sqrt((10/23 - 36/529) / 23).
+    error = 1.959964 * math.sqrt((10 / 23 - 36 / 529) / 23)
+    assert (low, high) == pytest.approx((6 / 23 - error, 6 / 23 + error))
+    # Nothing parts them: still no certainty, and less of it in fewer cases.
+    few, many = (statistics.paired_difference(0, 0, n) for n in (10, 1000))
+    assert few[0] < many[0] < 0 < many[1] < few[1]
+
+
+def test_the_interval_covers_what_is_true_about_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    only_first, only_second, cases = 0.03, 0.01, 164
+    hits = 0
+    for _ in range(2000):
+        b, c, _ = rng.multinomial(cases, [only_first, only_second, 1 - only_first - only_second])
+        low, high = statistics.paired_difference(b, c, cases)
+        hits += low <= only_second - only_first <= high
+    assert 0.93 < hits / 2000 < 0.99

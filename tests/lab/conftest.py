@@ -33,3 +33,55 @@ def make():
         )
 
     return make_record
+
+
+CHAT_TEMPLATE = """
+{%- if tools %}{{- '<|im_start|>system\\nTools:\\n' }}
+{%- for tool in tools %}{{- tool | tojson }}{{- '\\n' }}{%- endfor %}
+{{- '<|im_end|>\\n' }}{%- endif %}
+{%- for message in messages %}
+{{- '<|im_start|>' + message.role + '\\n' + message.content }}
+{%- for call in message.tool_calls or [] %}
+{{- '<tool_call>' }}{{- call.function | tojson }}{{- '</tool_call>' }}
+{%- endfor %}{{- '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}
+"""
+
+
+@pytest.fixture(scope="session")
+def chat_tokenizer():
+    """Bytes as tokens, with a chat template that takes tools."""
+    from tokenizers import Tokenizer
+    from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+    from tokenizers.models import BPE
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = {letter: i for i, letter in enumerate(sorted(ByteLevel.alphabet()))}
+    backend = Tokenizer(BPE(vocab=alphabet, merges=[]))
+    backend.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    backend.decoder = ByteLevelDecoder()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """Makes a package with data files, found before an installed one of that name."""
+    import json
+
+    def make_package(module, files):
+        root = tmp_path / "packages" / module
+        for name, content in files.items():
+            path = root / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lines = content if isinstance(content, str) else "\n".join(map(json.dumps, content))
+            path.write_text(lines)
+        (root / "__init__.py").write_text("")
+        monkeypatch.syspath_prepend(root.parent)
+        return root
+
+    return make_package

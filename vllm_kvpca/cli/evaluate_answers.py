@@ -97,7 +97,7 @@ def _facts(
     from vllm_kvpca.lab.measurements.needle import run
 
     against_stock.check_through(through)
-    chosen |= _common(thresholds, resume, output, task)
+    chosen |= common(thresholds, resume, output, task)
     records = run(task, model, preset, text, through=through, **chosen)
     write(
         records,
@@ -128,7 +128,7 @@ def divergence(
     from vllm_kvpca.lab.measurements.divergence import run
 
     more: dict[str, Any] = {"dtype": dtype, "kv_gib": kv_gib, "eager": eager, "seed": seed}
-    more |= _common(thresholds, resume, output, "divergence")
+    more |= common(thresholds, resume, output, "divergence")
     records = run(model, preset, text, prompts, prompt_tokens, generated, **more)
     write(
         records,
@@ -171,7 +171,7 @@ def tasks(
         "eager": eager,
         "seed": seed,
     }
-    more |= _common(thresholds, resume, output, "tasks")
+    more |= common(thresholds, resume, output, "tasks")
     records = run(model, preset, chosen, chunk, **more)
     write(
         records,
@@ -183,7 +183,8 @@ def tasks(
     )
 
 
-def _common(thresholds: list[str], resume: bool, output: Path, kind: str) -> dict[str, Any]:
+def common(thresholds: list[str], resume: bool, output: Path, kind: str) -> dict[str, Any]:
+    """What every measurement of pairs of thresholds is given."""
     from vllm_kvpca.lab import against_stock
 
     return {

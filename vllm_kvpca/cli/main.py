@@ -23,6 +23,7 @@ from vllm_kvpca.cli import (
     doctor,
     evaluate,
     evaluate_answers,
+    evaluate_benchmarks,
     metrics_docs,
     plot,
     presets,
@@ -96,6 +97,9 @@ evaluate.app.command("needle")(evaluate_answers.needle)
 evaluate.app.command("recall")(evaluate_answers.recall)
 evaluate.app.command("divergence")(evaluate_answers.divergence)
 evaluate.app.command("tasks")(evaluate_answers.tasks)
+evaluate.app.command("humaneval")(evaluate_benchmarks.humaneval)
+evaluate.app.command("bfcl")(evaluate_benchmarks.bfcl)
+evaluate.app.command("bfcl-multi-turn")(evaluate_benchmarks.bfcl_multi_turn)
 app.command("metrics-docs")(metrics_docs.metrics_docs)
 app.command("plot")(plot.plot)
 app.command("presets")(presets.presets)

@@ -165,13 +165,15 @@ def run(
     prompts: Sequence[Sequence[int]],
     params: Any,
     after_step: Callable[[], None] = lambda: None,
+    after_answer: Callable[[], None] = lambda: None,
 ) -> list[Any]:
     """Hand over all prompts, then step until all are answered.
 
     Args:
         prompts: token ids. Request i has the id str(i).
         params: SamplingParams of all of them.
-        after_step: called after every step of the engine.
+        after_step, after_answer: called after every step of the engine, and for every prompt
+            that it has answered.
 
     Returns:
         A finished RequestOutput for each prompt.
@@ -181,6 +183,9 @@ def run(
         engine.add_request(str(index), {"prompt_token_ids": list(prompt)}, params)
     done: dict[str, Any] = {}
     while engine.has_unfinished_requests():
-        done |= {output.request_id: output for output in engine.step() if output.finished}
+        for output in engine.step():
+            if output.finished:
+                done[output.request_id] = output
+                after_answer()
         after_step()
     return [done[str(index)] for index in range(len(prompts))]

@@ -101,6 +101,18 @@ def attention_heads(model: str) -> tuple[int, int, int]:
     return _config(model).num_attention_heads, shape.num_kv_heads, shape.head_dim
 
 
+def sequences_that_fit(model: str, kv_gib: float, tokens: int, dtype: str = "auto") -> int:
+    """How many sequences of a length stock's KV cache holds at least, one or more.
+
+    Every layer counts as one of full attention, so it may be more.
+    """
+    shape = shape_of(model)
+    number = 4 if dtype == "float32" else 2
+    per_token = shape.num_layers * shape.num_kv_heads * shape.head_dim * 2 * number
+    blocks = -(-tokens // 128) * 128  # whole blocks, of any size that vLLM takes
+    return max(1, int(kv_gib * 2**30) // (per_token * blocks))
+
+
 def shape_of(model: str) -> AttentionShape:
     """Layers with full attention and their heads, by the configuration alone."""
     from transformers.cache_utils import DynamicCache, DynamicLayer

@@ -1,6 +1,6 @@
 """Teacher-forced reading: what one served engine says about every token of some prompts.
 
-All prompts are in the engine at once and move in step, `chunk` tokens at a time. The tokens of one
+The prompts that are in the engine move in step, `chunk` tokens at a time. The tokens of one
 chunk attend to each other raw, so a small chunk, and compress_after = keep_recent = 0, is what
 "every token archived" comes closest to.
 """
@@ -86,7 +86,9 @@ def _read(settings: EngineSettings, prompts: Sequence[Sequence[int]], top: int) 
         detokenize=False,
     )
     watched = engine.watch_chunks(llm)
-    total = -(-max(map(len, prompts)) // (settings.chunk or 1))
+    parts = [-(-len(prompt) // (settings.chunk or 1)) for prompt in prompts]
+    # Where not all fit at once, the next begins when one is through.
+    total = max(max(parts), sum(parts) // settings.max_num_seqs)
     title = f"{settings.preset} {settings.compress_after}/{settings.keep_recent}"
     with steps(title, total) as step:
         outputs = engine.run(llm, prompts, params, after_step=step)
