@@ -17,6 +17,11 @@ from vllm_kvpca.calibration import text
 from vllm_kvpca.calibration.collect import attention_shape, observed
 from vllm_kvpca.codec import hadamard_basis
 
+BIAS_BLOCK = 32
+"""Tokens for which the bias of K is turned to one position, the middle of them."""
+BIAS_SPEED = 1 / 320
+"""Radians per token of the fastest RoPE pair whose bias is removed: the tokens at the ends of a
+block see it turned by 0.05."""
 Change = Callable[[int, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 """(layer, K, V), (batch, kv_heads, tokens, D) each, to what attention sees instead."""
 
@@ -64,6 +69,21 @@ class Model:
         first, second = x.chunk(2, -1)
         return x * cos + torch.cat((-second, first), -1) * sin
 
+    def turned_bias(self, layer: int, tokens: int) -> torch.Tensor:
+        """What K's bias adds to K after RoPE, (kv_heads, tokens, D), in the pairs that turn slowly;
+        the same for all tokens of a block, and 0 for models without a bias."""
+        bias = self.model.base_model.layers[layer].self_attn.k_proj.bias
+        if bias is None:
+            return torch.zeros((), device=self.device)
+        middle = torch.arange(tokens, device=self.device) // BIAS_BLOCK * BIAS_BLOCK
+        middle = (middle + BIAS_BLOCK // 2).clamp_max(self.window - 1)
+        cos, sin = self.cos[middle], self.sin[middle]
+        by_head = bias.detach().float().unflatten(0, (-1, 1, self.shape.head_dim))
+        first, second = by_head.chunk(2, -1)
+        turned = torch.cat((first, second), -1) * cos + torch.cat((-second, first), -1) * sin
+        angle = torch.atan2(self.sin[1], self.cos[1])  # of one token
+        return turned * (angle < BIAS_SPEED)
+
     @torch.no_grad()
     def forward(self, windows: list[list[int]], change: Change | None) -> torch.Tensor:
         """(windows, tokens, hidden) last hidden states."""
@@ -82,7 +102,8 @@ class Model:
         return self.model.lm_head(hidden.to(self.device)).log_softmax(-1)
 
     def statistics(self, files: Sequence[Path], tokens: int) -> dict[str, Statistics]:
-        """Of V, of K, and of K before RoPE ("pre"), over calibration text."""
+        """Of V, of K, of K before RoPE ("pre") and of K without its bias ("bias"), over calibration
+        text."""
         sums = Sums(self)
         windows = text.windows(files, self.tokenizer, self.window, tokens)
         with observed(self.model, sums.queries):
@@ -91,6 +112,7 @@ class Model:
                 sums.tokens += len(window)
         set_fitted_samples(torch.cat(sums.samples))
         weight = {"v": self.output_weight(), "k": sums.mean("q"), "pre": sums.mean("q pre")}
+        weight["bias"] = weight["k"]
         return {
             which: Statistics(sums.mean(which), sums.mean(f"{which} mean"), weight[which])
             for which in weight
@@ -108,7 +130,8 @@ class Model:
 
 
 class Sums:
-    """Sums over calibration tokens: x x^T and x of K, V, queries, after and before RoPE."""
+    """Sums over calibration tokens: x x^T and x of K, V, queries, after and before RoPE, and of K
+    without its bias."""
 
     def __init__(self, model: Model) -> None:
         self.model = model
@@ -124,7 +147,9 @@ class Sums:
     def see(
         self, layer: int, k: torch.Tensor, v: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        for which, x in (("k", k), ("pre", self.model.rotate(k, -1)), ("v", v)):
+        turned = self.model.turned_bias(layer, k.shape[-2])
+        kinds = {"k": k, "pre": self.model.rotate(k, -1), "bias": k - turned, "v": v}
+        for which, x in kinds.items():
             x = x[0].double()
             self._add(which, layer, x.mT @ x)
             self._add(f"{which} mean", layer, x.sum(1))

@@ -216,6 +216,21 @@ SIGNED = (
     ),
     Option("signed", "k8v4, first 4 raw, signed", "identity 1:8", f"{H4} {S}", first=4),
 )
+WITHOUT_BIAS = tuple(
+    Option("key bias", f"K {spec}", spec)
+    for base in (
+        "identity 1:8",
+        "hadamard 1:8",
+        f"weighted+mix {V8_4} {S}",
+        f"balanced+mix {V8_4} {S}",
+        f"weighted+mix {K5} {S}",
+        f"balanced+mix {K5} {S}",
+        f"balanced+mix 1:4 {S}",
+        f"{H4} {S}",
+    )
+    for spec in (base, f"{base} mean", f"{base} bias")
+)
+"""For models whose K has a bias: as it is, without its mean, and without the bias."""
 PEERS = (
     Option("peers", "vLLM fp8", "fp8", "fp8"),
     Option("peers", "vLLM fp8, K alone", "fp8"),
@@ -228,6 +243,7 @@ PEERS = (
 OPTIONS: tuple[Option, ...] = (
     *TOGETHER,
     *PEERS,
+    *WITHOUT_BIAS,
     *SIGNED,
     *(Option("V alone", f"V {spec}", v=spec) for spec in V_ALONE),
     Option("V alone", f"V {H4}, first 4 raw", v=H4, first=4),

@@ -62,6 +62,7 @@ class Spec:
     clip: float | None
     mean: bool
     pre: bool
+    bias: bool
 
 
 def parse(text: str) -> Spec:
@@ -71,13 +72,14 @@ def parse(text: str) -> Spec:
     budgets = [int(w.partition("=")[2]) for w in words if w.startswith("waterfill=")]
     rest = {w for w in words if ":" not in w and "=" not in w}
     levels = next((w for w in LEVELS if w in rest), "uniform")
-    unknown = rest - {"mean", "pre", levels}
+    unknown = rest - {"mean", "pre", "bias", levels}
     if basis not in BASES or mix not in ("", "mix") or unknown:
         raise ValueError(f"{text!r} is no spec")
     budget = budgets[0] if budgets else None
     clips = [float(w.partition("=")[2]) for w in words if w.startswith("clip=")]
     clip = clips[0] if clips else None
-    return Spec(basis, mix == "mix", shares, budget, levels, clip, "mean" in rest, "pre" in rest)
+    given = (word in rest for word in ("mean", "pre", "bias"))
+    return Spec(basis, mix == "mix", shares, budget, levels, clip, *given)
 
 
 @dataclass(frozen=True)

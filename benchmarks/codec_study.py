@@ -43,8 +43,9 @@ class Stored:
         edge = {*layers[: option.edges], *layers[len(layers) - option.edges :]}
         self.index = {layer: i for i, layer in enumerate(layers) if layer not in edge}
         self.bands: dict[str, list[list[int]]] = {}
-        self.pre = option.k.endswith(" pre")
-        self.k, self.k_bytes = self._restore("pre" if self.pre else "k", option.k, statistics)
+        self.pre, self.bias = (option.k.endswith(word) for word in (" pre", " bias"))
+        kind = "pre" if self.pre else "bias" if self.bias else "k"
+        self.k, self.k_bytes = self._restore(kind, option.k, statistics)
         self.v, self.v_bytes = self._restore("v", option.v, statistics)
 
     def _restore(
@@ -70,6 +71,9 @@ class Stored:
         if self.k and self.pre:
             old, k = k, self.model.rotate(self.k(index, self.model.rotate(k, -1)))
             k[..., :first, :] = old[..., :first, :]
+        elif self.bias:
+            turned = self.model.turned_bias(layer, k.shape[-2])
+            k = self.k(index, k - turned) + turned
         elif self.k:
             k = torch.cat((k[..., :first, :], self.k(index, k[..., first:, :])), -2)
         if self.v:
@@ -143,7 +147,8 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     chosen = arguments()
     if chosen.model is None:
-        from vllm_kvpca.cli.demo_model import ModelName, ensure
+        from vllm_kvpca.demo_models.catalogue import ModelName
+        from vllm_kvpca.demo_models.folder import ensure
 
         chosen.model = str(ensure(ModelName.smollm2))
     started = time.perf_counter()

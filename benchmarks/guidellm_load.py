@@ -28,7 +28,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from e2e.server import free_port
 
-from vllm_kvpca.cli.demo_model import ModelName, ensure
+from vllm_kvpca.demo_models.catalogue import ModelName
+from vllm_kvpca.demo_models.folder import ensure
 from vllm_kvpca.lab.record import make_record
 
 DEMO = Path(__file__).parents[1] / "deploy" / "local" / "demo.sh"

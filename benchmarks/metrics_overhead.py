@@ -60,7 +60,8 @@ def main(sequences: int, layers: int | None) -> None:
     from vllm import LLM, SamplingParams
     from vllm.v1.engine.llm_engine import LLMEngine
 
-    from vllm_kvpca.cli.demo_model import ModelName, ensure
+    from vllm_kvpca.demo_models.catalogue import ModelName
+    from vllm_kvpca.demo_models.folder import ensure
     from vllm_kvpca.lab.record import make_record
     from vllm_kvpca.serving.observe import stats as cache_stats
     from vllm_kvpca.serving.observe.stat_logger import KvpcaStatLogger

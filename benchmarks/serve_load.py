@@ -20,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from e2e.server import API_KEY, COMPRESSED, NAME, POLICY, STOCK, Server, serve
 
-from vllm_kvpca.cli.demo_model import ModelName, ensure
+from vllm_kvpca.demo_models.catalogue import ModelName
+from vllm_kvpca.demo_models.folder import ensure
 from vllm_kvpca.lab.record import make_record
 
 REQUESTS, CLIENTS, PROMPT, ANSWER, SEED = 32, 8, 600, 64, 0
