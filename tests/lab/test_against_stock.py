@@ -7,10 +7,12 @@ import sys
 
 import pytest
 
+from vllm_kvpca.calibration import overlap
+from vllm_kvpca.errors import CalibrationError
 from vllm_kvpca.lab import against_stock
 from vllm_kvpca.lab.engine import EngineSettings
 from vllm_kvpca.lab.measurements import quality_transformers
-from vllm_kvpca.preset import list_shipped
+from vllm_kvpca.preset import list_shipped, preset_folder
 
 COMMIT = "abcdef0123456789"  # of the records of conftest
 
@@ -83,3 +85,16 @@ def test_overlap_with_presets_of_all_kinds(tmp_path):
     (old / "calibration.json").unlink()
     with pytest.warns(UserWarning, match=r"no calibration\.json"):
         assert against_stock.overlaps([str(old)], [text]) == {str(old): None}
+
+
+def test_a_benchmark_that_a_preset_was_calibrated_on_is_refused(tmp_path):
+    """Its passages were copied into a longer text; most presets have seen none of it."""
+    shipped = next(one for one in list_shipped() if one.endswith("/k5v4"))
+    passages = [" ".join(f"word{n}-{i}" for i in range(200)) for n in range(20)]
+    folder = shutil.copytree(preset_folder(shipped), tmp_path / "mine")
+    calibrated_on = tmp_path / "text.txt"
+    calibrated_on.write_text("\n".join([*passages, "and more " * 100]))
+    overlap.save(folder, [calibrated_on])
+    with pytest.raises(CalibrationError, match="is in the calibration text"):
+        against_stock.overlaps_of_texts([str(folder)], passages)
+    assert against_stock.overlaps_of_texts([shipped, "k8v4"], passages) == {shipped: 0, "k8v4": 0}

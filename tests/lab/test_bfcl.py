@@ -200,13 +200,14 @@ def test_a_template_that_rewrites_the_past_is_refused(as_installed, chat_tokeniz
 def test_too_short_a_length_and_templates_without_tools_are_refused(
     as_installed, chat_tokenizer, monkeypatch
 ):
-    read, left_out = bfcl_multi_turn.prompts(chat_tokenizer, None, 100_000)
+    every = tool_conversations.load()
+    read, left_out = bfcl_multi_turn.prompts(chat_tokenizer, every, 100_000)
     assert (len(read), left_out) == (1, 0)
     with pytest.raises(OptionsError, match="--max-model-len 3000 is too short"):
-        bfcl_multi_turn.prompts(chat_tokenizer, None, 3000)
+        bfcl_multi_turn.prompts(chat_tokenizer, every, 3000)
     monkeypatch.setattr(chat_tokenizer, "chat_template", "{{ messages[0].content }}")
     with pytest.raises(OptionsError, match="takes no tools"):
-        bfcl_multi_turn.prompts(chat_tokenizer, None, 100_000)
+        bfcl_multi_turn.prompts(chat_tokenizer, every, 100_000)
 
 
 def test_a_call_is_right_if_all_its_tokens_are_the_likeliest(make):

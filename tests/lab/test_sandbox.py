@@ -22,6 +22,26 @@ def test_a_program_passes_by_reaching_its_end():
         assert run(f"{early}\nassert False").result in (FAILED, CRASHED)
 
 
+def test_what_programs_use_of_the_standard_library_works():
+    program = """
+import asyncio, concurrent.futures, datetime, decimal, doctest, fractions, functools, hashlib
+import heapq, itertools, json, logging, multiprocessing, os, random, secrets, statistics, string
+import sys, tempfile, threading, time, typing, unittest, uuid, zoneinfo
+from dataclasses import dataclass
+
+@dataclass
+class Point:
+    x: "int"
+    others: "typing.List[int]" = None
+
+print(Point(1), file=sys.stderr)
+assert hashlib.md5(b"x").hexdigest() and random.random() < 1 and secrets.token_hex()
+assert os.cpu_count() and datetime.datetime.now().astimezone() and uuid.uuid4()
+time.sleep(0.01)
+"""
+    assert run(program) == sandbox.Outcome(PASSED)
+
+
 def test_who_says_passed_without_the_word_has_not():
     program = """
 import os

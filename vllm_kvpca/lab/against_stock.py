@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from vllm_kvpca.calibration import overlap
@@ -100,6 +101,14 @@ def overlaps(preset_names: Iterable[str], files: Sequence[Path]) -> dict[str, fl
         CalibrationError: one of them was calibrated on too much of it.
     """
     return {name: _overlap(name, files) for name in preset_names}
+
+
+def overlaps_of_texts(preset_names: Iterable[str], texts: Iterable[str]) -> dict[str, float | None]:
+    """The same for texts that are in no file of their own, as those of benchmarks."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "benchmark.txt"
+        path.write_text("\n".join(texts), encoding="utf-8")
+        return overlaps(preset_names, [path])
 
 
 def _overlap(name: str, files: Sequence[Path]) -> float | None:

@@ -13,7 +13,14 @@ from typing import Any
 
 from vllm_kvpca.errors import OptionsError
 from vllm_kvpca.lab import chat_template, presets, right_answers, texts
-from vllm_kvpca.lab.against_stock import Done, Thresholds, nothing_done, record_of, variants
+from vllm_kvpca.lab.against_stock import (
+    Done,
+    Thresholds,
+    nothing_done,
+    overlaps_of_texts,
+    record_of,
+    variants,
+)
 from vllm_kvpca.lab.benchmark_data import BFCL, data_file, json_lines
 from vllm_kvpca.lab.chat_template import Message
 from vllm_kvpca.lab.completions import Completion, complete, settings_for
@@ -69,6 +76,8 @@ def run(
     files = files_of(categories)
     presets.check(preset_names, model)
     cases = [case for category in categories for case in load(category)[:limit]]
+    asked = (message["content"] for case in cases for message in case.messages)
+    seen = overlaps_of_texts(preset_names, asked)
     tokenizer = texts.tokenizer_of(model)
     tools = chat_template.takes_tools(tokenizer)
     prompts = [prompt_of(case, tokenizer, tools) for case in cases]
@@ -87,8 +96,9 @@ def run(
     for settings in todo:
         other, _ = complete(settings, prompts, most_tokens)
         results = compare(cases, stock, other) | {"dtype": dtype}
+        used = chosen | {"calibration_overlap": seen[settings.preset]}
         part = f"first-{limit}" if limit else ""
-        yield record_of("bfcl", settings, results, chosen, files, *slug, part)
+        yield record_of("bfcl", settings, results, used, files, *slug, part)
 
 
 def files_of(categories: Sequence[str]) -> list[Path]:

@@ -19,10 +19,18 @@ from vllm_kvpca.calibration.statistics import Floats, Ints
 from vllm_kvpca.errors import OptionsError
 from vllm_kvpca.lab import chat_template, completions, presets, teacher_forced, texts
 from vllm_kvpca.lab import tool_conversations as conversations
-from vllm_kvpca.lab.against_stock import Done, Thresholds, nothing_done, record_of, variants
+from vllm_kvpca.lab.against_stock import (
+    Done,
+    Thresholds,
+    nothing_done,
+    overlaps_of_texts,
+    record_of,
+    variants,
+)
 from vllm_kvpca.lab.engine import EngineSettings
 from vllm_kvpca.lab.record import Record
 from vllm_kvpca.lab.table import PRESET_HEADS, THRESHOLDS_HEAD, Table, after_and_recent, stored
+from vllm_kvpca.lab.tool_conversations import Conversation
 
 Span = tuple[int, int]
 """First token of a call, and the one after its last."""
@@ -48,7 +56,10 @@ def run(
     """
     files = conversations.data_files()
     presets.check(preset_names, model)
-    read, left_out = prompts(texts.tokenizer_of(model), limit, max_model_len)
+    every = conversations.load(limit)
+    said = (message["content"] for one in every for message in one.messages)
+    seen = overlaps_of_texts(preset_names, said)
+    read, left_out = prompts(texts.tokenizer_of(model), every, max_model_len)
     tokens = [ids for ids, _ in read]
     common = completions.settings_for(model, tokens, 1, chunk, seed=seed, **more)
     todo = variants(common, preset_names, thresholds, done)
@@ -66,12 +77,13 @@ def run(
     for settings in todo:
         other, facts = _scores(settings, tokens, spans)
         results = compare(stock, other, seed) | facts
+        used = chosen | {"calibration_overlap": seen[settings.preset]}
         part = f"first-{limit}" if limit else ""
-        yield record_of("bfcl-multi-turn", settings, results, chosen, files, facts["dtype"], part)
+        yield record_of("bfcl-multi-turn", settings, results, used, files, facts["dtype"], part)
 
 
 def prompts(
-    tokenizer: Any, limit: int | None, longest: int
+    tokenizer: Any, every: Sequence[Conversation], longest: int
 ) -> tuple[list[tuple[list[int], list[Span]]], int]:
     """Conversations as token ids, with where the calls are; and how many were too long.
 
@@ -83,13 +95,10 @@ def prompts(
             "the model's chat template takes no tools: for bfcl-multi-turn take a model whose "
             "template does."
         )
-    every = [
-        chat_template.with_answers(tokenizer, one.messages, one.tools)
-        for one in conversations.load(limit)
-    ]
-    read = [(ids, spans) for ids, spans in every if len(ids) < longest]
+    tokenized = [chat_template.with_answers(tokenizer, x.messages, x.tools) for x in every]
+    read = [(ids, spans) for ids, spans in tokenized if len(ids) < longest]
     if not read:
-        shortest = min(len(ids) for ids, _ in every)
+        shortest = min(len(ids) for ids, _ in tokenized)
         raise OptionsError(
             f"--max-model-len {longest} is too short: the shortest conversation takes "
             f"{shortest + 1:,} tokens."

@@ -12,7 +12,14 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from vllm_kvpca.lab import chat_template, presets, right_answers, sandbox, texts
-from vllm_kvpca.lab.against_stock import Done, Thresholds, nothing_done, record_of, variants
+from vllm_kvpca.lab.against_stock import (
+    Done,
+    Thresholds,
+    nothing_done,
+    overlaps_of_texts,
+    record_of,
+    variants,
+)
 from vllm_kvpca.lab.benchmark_data import HUMAN_EVAL, data_file, json_lines
 from vllm_kvpca.lab.completions import Completion, complete, settings_for
 from vllm_kvpca.lab.progress import steps
@@ -54,6 +61,8 @@ def run(
     presets.check(preset_names, model)
     isolation = sandbox.isolation()
     problems = json_lines(file)[:limit]
+    solved = (one["prompt"] + one.get("canonical_solution", "") for one in problems)
+    seen = overlaps_of_texts(preset_names, solved)
     tokenizer = texts.tokenizer_of(model)
     chat = chat_template.has_one(tokenizer)
     prompts = [prompt_of(problem, tokenizer) for problem in problems]
@@ -75,8 +84,9 @@ def run(
             "outcomes": dict(Counter(ours)),
             "dtype": dtype,
         }
+        used = chosen | {"calibration_overlap": seen[settings.preset]}
         part = f"first-{limit}" if limit else ""
-        yield record_of("humaneval", settings, results, chosen, [file], dtype, part)
+        yield record_of("humaneval", settings, results, used, [file], dtype, part)
 
 
 def prompt_of(problem: Problem, tokenizer: Any) -> list[int]:
