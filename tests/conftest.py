@@ -33,6 +33,7 @@ EACH_VLLM = (
 """The tests that stand on vLLM's inside: marked each_vllm, they run with every tested version."""
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     mark_each_vllm(items)
     leave_out_gpu(config, items)
