@@ -12,6 +12,7 @@ from vllm_kvpca.calibration import overlap
 from vllm_kvpca.errors import OptionsError
 from vllm_kvpca.lab import presets
 from vllm_kvpca.lab.engine import EngineSettings
+from vllm_kvpca.lab.peers import PEERS
 from vllm_kvpca.lab.record import (
     Record,
     command_line,
@@ -67,11 +68,14 @@ def variants(
     thresholds: Sequence[Thresholds],
     done: Done = nothing_done,
 ) -> list[EngineSettings]:
-    """`common` with each preset and pair of thresholds, but for what is done."""
+    """`common` with each preset and pair of thresholds, but for what is done.
+
+    To peers thresholds mean nothing: each is measured once, with the first pair.
+    """
     every = [
         common.model_copy(update={"preset": name, "compress_after": after, "keep_recent": recent})
         for name in preset_names
-        for after, recent in thresholds
+        for after, recent in (thresholds[:1] if name in PEERS else thresholds)
     ]
     return [settings for settings in every if not done(settings)]
 
@@ -112,6 +116,8 @@ def overlaps_of_texts(preset_names: Iterable[str], texts: Iterable[str]) -> dict
 
 
 def _overlap(name: str, files: Sequence[Path]) -> float | None:
+    if name in PEERS:
+        return 0.0
     calibrated = load_preset(name).config.calibrated
     folder = preset_folder(name)
     share = overlap.check(name, folder, files) if folder else 0.0

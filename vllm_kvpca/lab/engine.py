@@ -16,6 +16,8 @@ from typing import Any, ParamSpec, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
+from vllm_kvpca.lab.peers import PEERS
+
 STOCK = "stock"
 """In place of a preset: vLLM without compression."""
 
@@ -27,9 +29,9 @@ class EngineSettings(BaseModel):
     """How an engine is started.
 
     Attributes:
-        preset: see preset.load_preset, or STOCK.
-        compress_after, keep_recent: tokens; of no effect in a stock engine.
-        dtype, kv_cache_dtype: "auto" is the model's own.
+        preset: see preset.load_preset, or STOCK, or one of peers.PEERS.
+        compress_after, keep_recent: tokens; of no effect in a stock engine or a peer.
+        dtype, kv_cache_dtype: "auto" is the model's own. A peer brings its kv_cache_dtype.
         max_num_batched_tokens: tokens per step, over all requests.
         chunk: tokens per request and step, None for no limit of its own.
         kv_gib: memory of the KV cache, GiB.
@@ -88,7 +90,8 @@ def prepare_environment(in_core: bool) -> None:
 def arguments(settings: EngineSettings) -> dict[str, Any]:
     """Arguments of vLLM's `LLM`."""
     compression: dict[str, Any] = {}
-    if settings.preset != STOCK:
+    peer = PEERS.get(settings.preset)
+    if settings.preset != STOCK and not peer:
         compression["additional_config"] = {
             "kv_compression": {
                 "preset": settings.preset,
@@ -99,7 +102,7 @@ def arguments(settings: EngineSettings) -> dict[str, Any]:
     return compression | {
         "model": settings.model,
         "dtype": settings.dtype,
-        "kv_cache_dtype": settings.kv_cache_dtype,
+        "kv_cache_dtype": peer.kv_cache_dtype if peer else settings.kv_cache_dtype,
         "kv_cache_memory_bytes": int(settings.kv_gib * 2**30),
         # Beside that, vLLM only asks whether so much of a GPU is free: others may be at work there.
         "gpu_memory_utilization": 0.05,

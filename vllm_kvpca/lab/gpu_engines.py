@@ -19,12 +19,11 @@ import torch
 from vllm_kvpca.errors import OptionsError
 from vllm_kvpca.lab import engine, presets, texts
 from vllm_kvpca.lab.engine import STOCK, EngineSettings
+from vllm_kvpca.lab.peers import PEERS
 from vllm_kvpca.lab.record import Record, make_record, model_name
 from vllm_kvpca.preset import save_preset
 from vllm_kvpca.preset.formats import CALIBRATED_FORMATS
 
-STOCK_FP8 = "stock-fp8"
-"""In place of a preset: vLLM without compression, K and V in fp8."""
 DUMMY: dict[str, Any] = {
     "load_format": "dummy",
     "skip_tokenizer_init": True,
@@ -49,7 +48,7 @@ def check(names: Iterable[str], model: str) -> None:
     """
     if not torch.cuda.is_available():
         raise OptionsError("vllm-kvpca bench measures on an NVIDIA GPU, and there is none here.")
-    of_no_model = {STOCK, STOCK_FP8, *CALIBRATED_FORMATS}
+    of_no_model = {STOCK, *PEERS, *CALIBRATED_FORMATS}
     presets.check([name for name in names if name not in of_no_model], model)
 
 
@@ -114,8 +113,6 @@ def each_engine(
 
 def _settings(settings: EngineSettings, name: str, folder: Path) -> EngineSettings:
     """Settings of one engine; presets with random bases are written into `folder`."""
-    if name == STOCK_FP8:
-        return settings.model_copy(update={"preset": STOCK, "kv_cache_dtype": "fp8"})
     if name not in CALIBRATED_FORMATS:
         return settings.model_copy(update={"preset": name})
     shape = presets.shape_of(settings.model)

@@ -13,6 +13,8 @@ from vllm_kvpca.calibration.fit import preset_config
 from vllm_kvpca.codec.threads import one_thread
 from vllm_kvpca.errors import OptionsError
 from vllm_kvpca.lab.engine import STOCK
+from vllm_kvpca.lab.peers import PEERS
+from vllm_kvpca.lab.peers import ratios as peer_ratios
 from vllm_kvpca.preset import Preset, load_preset
 from vllm_kvpca.preset.identity import Served
 
@@ -21,12 +23,13 @@ RANDOM_CARD = (
 )
 
 
-def check(names: Iterable[str], model: str) -> None:
+def check(names: Iterable[str], model: str, peers: bool = False) -> None:
     """Refuse what no engine would serve, before the first one starts.
 
     Args:
         names: presets; see preset.load_preset.
         model: folder with a config.json, or Hub name.
+        peers: whether names of peers.PEERS are taken, too.
 
     Raises:
         PresetError: there is no such preset, it is damaged, or it was made for another model.
@@ -36,6 +39,8 @@ def check(names: Iterable[str], model: str) -> None:
     shape = shape_of(model)
     layers = _config(model).num_hidden_layers
     for name in names:
+        if peers and name in PEERS:
+            continue
         preset = load_preset(name)
         heads = (shape.num_kv_heads, shape.head_dim)
         preset.check_shape(layers, *heads, list(shape.layers))
@@ -55,6 +60,10 @@ def facts(preset: str, model: str) -> dict[str, Any]:
         preset, format; total_ratio: raw over archived bytes of K and V, scales included;
         v_ratio: the same of V alone. Stock has ratios of 1.
     """
+    if preset in PEERS:
+        total, v = peer_ratios(preset, head_dim(model))
+        kind = PEERS[preset].kv_cache_dtype
+        return {"preset": preset, "format": kind, "total_ratio": total, "v_ratio": v}
     if preset == STOCK:
         return {"preset": STOCK, "format": STOCK, "total_ratio": 1.0, "v_ratio": 1.0}
     loaded = load_preset(preset)

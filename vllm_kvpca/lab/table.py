@@ -9,6 +9,7 @@ from typing import Any
 
 from vllm_kvpca.errors import OptionsError
 from vllm_kvpca.lab.engine import STOCK
+from vllm_kvpca.lab.peers import PEERS
 from vllm_kvpca.lab.record import Record
 
 Rows = Callable[[Record], list[list[str]]]
@@ -132,6 +133,8 @@ def change(results: Any) -> str:
 
 
 def after_and_recent(record: Record) -> str:
+    if record.settings["preset"] in PEERS:
+        return ""
     return f"{record.settings['compress_after']} / {record.settings['keep_recent']}"
 
 

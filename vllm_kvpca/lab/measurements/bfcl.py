@@ -74,7 +74,7 @@ def run(
         more: further EngineSettings.
     """
     files = files_of(categories)
-    presets.check(preset_names, model)
+    presets.check(preset_names, model, peers=True)
     cases = [case for category in categories for case in load(category)[:limit]]
     asked = (message["content"] for case in cases for message in case.messages)
     seen = overlaps_of_texts(preset_names, asked)

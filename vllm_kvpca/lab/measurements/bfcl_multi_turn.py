@@ -55,7 +55,7 @@ def run(
         more: further EngineSettings.
     """
     files = conversations.data_files()
-    presets.check(preset_names, model)
+    presets.check(preset_names, model, peers=True)
     every = conversations.load(limit)
     said = (message["content"] for one in every for message in one.messages)
     seen = overlaps_of_texts(preset_names, said)

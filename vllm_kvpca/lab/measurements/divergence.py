@@ -44,7 +44,7 @@ def run(
 
     The control is stock against stock with steps of half as many tokens, as in `identity`.
     """
-    presets.check(preset_names, model)
+    presets.check(preset_names, model, peers=True)
     files = texts.find_texts(text)
     seen = overlaps(preset_names, files)
     windows = texts.windows(texts.tokenizer_of(model), files, prompts, prompt_tokens)

