@@ -126,6 +126,13 @@ def test_no_file_is_made_changed_or_removed(attempt, tmp_path):
     assert path.read_text() == "as it was" and path.stat().st_mode == before.st_mode
 
 
+@pytest.mark.parametrize("command", [0, 1, 12])
+def test_a_device_takes_no_command(command):
+    """Numbers that are allowed system calls are no allowed commands."""
+    outcome = run(f"import fcntl, os\nfcntl.ioctl(os.open('/dev/null', os.O_RDONLY), {command})")
+    assert outcome.reason.startswith("PermissionError"), outcome
+
+
 def test_what_it_writes_to_its_report_is_bounded():
     program = "import os\nwhile True: os.write(3, b'x' * 4096)"
     started = time.monotonic()

@@ -64,8 +64,14 @@ def system_call_filter() -> list[tuple[int, int, int, int]]:
             (RETURN, 0, 0, ALLOW),
         ]
     # Python asks whether a file is a terminal, and that a new one be closed on exec.
-    program += [(IF_EQUAL, 0, 4, IOCTL), (LOAD, 0, 0, argument(1))]
-    program += [(IF_EQUAL, 1, 0, TCGETS), (IF_EQUAL, 0, 1, FIOCLEX), (RETURN, 0, 0, ALLOW)]
+    program += [
+        (IF_EQUAL, 0, 5, IOCTL),
+        (LOAD, 0, 0, argument(1)),
+        (IF_EQUAL, 1, 0, TCGETS),
+        (IF_EQUAL, 0, 1, FIOCLEX),
+        (RETURN, 0, 0, ALLOW),
+        (RETURN, 0, 0, REFUSE),
+    ]
     for number in (COMPUTE | FILES).values():
         program += [(IF_EQUAL, 0, 1, number), (RETURN, 0, 0, ALLOW)]
     return [*program, (RETURN, 0, 0, REFUSE)]
