@@ -176,17 +176,17 @@ def test_a_conversation_holds_what_the_calls_gave_back(as_installed):
     assert results[2] == "abc" * 1000
 
 
-def test_answers_are_found_in_the_tokens_of_a_conversation(as_installed, chat_tokenizer):
+def test_calls_are_found_in_the_tokens_of_a_conversation(as_installed, chat_tokenizer):
     [one] = tool_conversations.load()
-    ids, spans = chat_template.with_answers(chat_tokenizer, one.messages, one.tools)
+    ids, spans = chat_template.with_calls(chat_tokenizer, one.messages, one.tools)
     text = chat_template.render(chat_tokenizer, one.messages, one.tools, begun=False)
     assert chat_tokenizer.decode(ids) == text
-    assert len(spans) == 3
-    for first, end in spans:
-        assert chat_tokenizer.decode(ids[:first]).endswith("<|im_start|>assistant\n")
-        written = chat_tokenizer.decode(ids[first:end])
-        assert written.startswith("<tool_call>") and written.endswith("<|im_end|>")
-    assert '"add"' in chat_tokenizer.decode(ids[slice(*spans[0])])
+    found = [chat_tokenizer.decode(ids[first:end]) for first, end in spans]
+    assert found == [
+        'add", "arguments": {"a": 1, "b": 2',
+        'read", "arguments": {"name": "b.txt"',
+        'read", "arguments": {"name": "a.txt"',
+    ]
 
 
 def test_a_template_that_rewrites_the_past_is_refused(as_installed, chat_tokenizer, monkeypatch):
@@ -194,7 +194,7 @@ def test_a_template_that_rewrites_the_past_is_refused(as_installed, chat_tokeniz
     changing = "{{- messages | length }}" + chat_tokenizer.chat_template
     monkeypatch.setattr(chat_tokenizer, "chat_template", changing)
     with pytest.raises(OptionsError, match="rewrites earlier messages"):
-        chat_template.with_answers(chat_tokenizer, one.messages, one.tools)
+        chat_template.with_calls(chat_tokenizer, one.messages, one.tools)
 
 
 def test_too_short_a_length_and_templates_without_tools_are_refused(

@@ -45,14 +45,17 @@ def token_ids(tokenizer: Any, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False).input_ids
 
 
-def with_answers(
+def with_calls(
     tokenizer: Any, messages: Sequence[Message], tools: Sequence[Tool]
 ) -> tuple[list[int], list[tuple[int, int]]]:
-    """Token ids of a conversation, and where the model's own answers lie in it.
+    """Token ids of a conversation, and where the assistant's calls of tools lie in it.
+
+    A call reaches from its tool's name to the end of its last argument. What the template puts
+    around it is left out: a model may never have learned those tags, and would write the same
+    call in others.
 
     Returns:
-        Token ids, and for each assistant message the first token of its answer and the one after
-        the last, the token that ends it included.
+        Token ids, and the first token of each call and the one after its last.
 
     Raises:
         OptionsError: the template changes what came before when a message is added.
@@ -63,18 +66,22 @@ def with_answers(
         if message["role"] != "assistant":
             continue
         before = render(tokenizer, messages[:index], tools)
-        after = render(tokenizer, messages[: index + 1], tools, begun=False).rstrip()
+        after = render(tokenizer, messages[: index + 1], tools, begun=False)
         if not (whole.startswith(after) and after.startswith(before)):
             raise OptionsError(
                 "the model's chat template rewrites earlier messages, so a conversation cannot be "
                 "read as one sequence: take another model."
             )
-        spans.append((len(before), len(after)))
+        name = message["tool_calls"][0]["function"]["name"]
+        first = after.index(name, len(before))
+        # Without closing braces, which share their tokens with what follows.
+        spans.append((first, len(after[: after.rindex("}")].rstrip("} \n"))))
     found = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
     return found.input_ids, [_tokens_in(span, found.offset_mapping) for span in spans]
 
 
 def _tokens_in(span: tuple[int, int], offsets: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """Tokens that begin before the span's first character has ended, and end within it."""
     first, end = span
-    inside = [i for i, (begin, stop) in enumerate(offsets) if first <= begin and stop <= end]
+    inside = [i for i, (_, stop) in enumerate(offsets) if first < stop <= end]
     return inside[0], inside[-1] + 1

@@ -1,9 +1,9 @@
 """BFCL's multi-turn cases with long contexts, teacher-forced: how likely the reference's calls are.
 
 The engine reads each conversation as the reference led it (lab.tool_conversations) and says how
-likely every token of a call is, given all that came before. No model is judged by what it would
-have made of its own mistakes: a small one loses the thread in the first turn, with stock too, and
-the rest of its conversation says nothing about the cache.
+likely every token of a call is, names and arguments, given all that came before. No model is
+judged by what it would have made of its own mistakes: a small one loses the thread in the first
+turn, with stock too, and the rest of its conversation says nothing about the cache.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def run(
 def prompts(
     tokenizer: Any, every: Sequence[Conversation], longest: int
 ) -> tuple[list[tuple[list[int], list[Span]]], int]:
-    """Conversations as token ids, with where the calls are; and how many were too long.
+    """Conversations as token ids, with where the calls are; and how many are too long.
 
     Raises:
         OptionsError: the chat template takes no tools, or no conversation fits.
@@ -95,7 +95,7 @@ def prompts(
             "the model's chat template takes no tools: for bfcl-multi-turn take a model whose "
             "template does."
         )
-    tokenized = [chat_template.with_answers(tokenizer, x.messages, x.tools) for x in every]
+    tokenized = [chat_template.with_calls(tokenizer, x.messages, x.tools) for x in every]
     read = [(ids, spans) for ids, spans in tokenized if len(ids) < longest]
     if not read:
         shortest = min(len(ids) for ids, _ in tokenized)
