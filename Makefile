@@ -15,13 +15,13 @@ setup: ## install vLLM, the plugin, the demo model and the tools into .venv
 demo: setup ## serve a model compressed on http://127.0.0.1:$PORT (PORT=8000 MODEL=smollm2 PRESET=k8v4)
 	@deploy/local/demo.sh
 
-# Two processes; engines stay in one of them (tests/conftest.py). ARGS='-n 0' runs all in one.
+# Two processes, a file in one of them; ARGS='-n 0' runs all in one.
 test: setup ## run all tests
-	@$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS) || { echo "make test: a test failed; the first failure above says which (make test ARGS='-n 0 -x -k NAME' runs one alone)." >&2; exit 1; }
+	@$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS) || { echo "make test: a test failed; the first failure above says which (make test ARGS='-n 0 -x -k NAME' runs one alone)." >&2; exit 1; }
 
 test-vllm-%: setup ## the tests marked each_vllm with another version on a CPU: make test-vllm-0.33.0
 	@folder=$$($(BIN)/python deploy/local/newer_vllm.py $*) && \
-	PYTHONPATH=$$folder $(BIN)/python -m pytest -n 2 --dist loadgroup -m each_vllm $(ARGS)
+	PYTHONPATH=$$folder $(BIN)/python -m pytest -n 2 --dist loadfile -m each_vllm $(ARGS)
 
 test-dashboards: setup ## every panel and alert against a real Prometheus (apt-get install prometheus)
 	promtool test rules deploy/prometheus/rules_test.yaml

@@ -9,6 +9,7 @@ test starts would inherit it; tests/ops sets it again while its tests run.
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
 
 import pytest
@@ -33,18 +34,9 @@ EACH_VLLM = (
 """The tests that stand on vLLM's inside: marked each_vllm, they run with every tested version."""
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     mark_each_vllm(items)
     leave_out_gpu(config, items)
-    keep_together(items)
-
-
-def keep_together(items: list[pytest.Item]) -> None:
-    """With pytest-xdist a file stays in one process, and all engines run one after the other."""
-    for item in items:
-        group = "engines" if item.get_closest_marker("e2e") else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
 
 
 def leave_out_gpu(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -76,9 +68,11 @@ def import_interpreted() -> None:
                 importlib.import_module(module)
 
 
-# Thousands of small operations are faster without threads that wait for each other, and tests run
-# side by side. Engines and servers are processes of their own and choose for themselves.
+# Thousands of small operations are faster without threads that wait for each other.
 torch.set_num_threads(1)
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Two engines at a time: vLLM would bind the threads of both to the same cores.
+    os.environ |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
 
 if importlib.util.find_spec("triton") and not torch.cuda.is_available():
     import_interpreted()
