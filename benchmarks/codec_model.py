@@ -17,9 +17,9 @@ from vllm_kvpca.calibration import text
 from vllm_kvpca.calibration.collect import attention_shape, observed
 from vllm_kvpca.codec import hadamard_basis
 
-BIAS_BLOCK = 32
+BIAS_BLOCK = 128
 """Tokens for which the bias of K is turned to one position, the middle of them."""
-BIAS_SPEED = 1 / 320
+BIAS_SPEED = 0.1 / BIAS_BLOCK
 """Radians per token of the fastest RoPE pair whose bias is removed: the tokens at the ends of a
 block see it turned by 0.05."""
 Change = Callable[[int, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
@@ -45,10 +45,11 @@ class Model:
 
     Attributes:
         shape: layers and heads that are compressed.
+        first: position of a sequence's first token.
         cos, sin: (tokens, D) of the rotary embedding of those layers.
     """
 
-    def __init__(self, folder: str, device: str, window: int, batch: int) -> None:
+    def __init__(self, folder: str, device: str, window: int, batch: int, offset: int = 0) -> None:
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         if getattr(model.config.get_text_config(), "final_logit_softcapping", None):
             raise SystemExit("models that cap their logits are not supported")
@@ -56,12 +57,24 @@ class Model:
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.device, self.window, self.batch = device, window, batch
         self.shape = attention_shape(self.model)
-        positions = torch.arange(window, device=device)[None]
-        rotary = self.model.base_model.rotary_emb
-        kinds = getattr(model.config.get_text_config(), "layer_types", None) or []
+        self.first = self.offset = 0
+        self.cos, self.sin = self._turns(torch.arange(window, device=device))
+        self.offset = offset
+
+    def _turns(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(tokens, D) cosines and sines of the rotary embedding."""
+        kinds = getattr(self.model.config.get_text_config(), "layer_types", None) or []
         by_kind = ["full_attention"] if "sliding_attention" in kinds else []
-        cos, sin = rotary(torch.zeros(1, device=device), positions, *by_kind)
-        self.cos, self.sin = cos[0].float(), sin[0].float()
+        rotary = self.model.base_model.rotary_emb
+        cos, sin = rotary(torch.zeros(1, device=self.device), positions[None], *by_kind)
+        return cos[0].float(), sin[0].float()
+
+    def evaluate_far(self) -> None:
+        """From now on a sequence's first token stands at `offset`. Attention sees no difference
+        (RoPE is relative), but K as it is stored turns."""
+        self.first = self.offset
+        positions = torch.arange(self.window, device=self.device) + self.first
+        self.cos, self.sin = self._turns(positions)
 
     def rotate(self, x: torch.Tensor, sign: int = 1) -> torch.Tensor:
         """RoPE on (..., tokens, D); with sign -1 its inverse."""
@@ -75,21 +88,22 @@ class Model:
         bias = self.model.base_model.layers[layer].self_attn.k_proj.bias
         if bias is None:
             return torch.zeros((), device=self.device)
-        middle = torch.arange(tokens, device=self.device) // BIAS_BLOCK * BIAS_BLOCK
-        middle = (middle + BIAS_BLOCK // 2).clamp_max(self.window - 1)
-        cos, sin = self.cos[middle], self.sin[middle]
+        positions = torch.arange(tokens, device=self.device) + self.first
+        cos, sin = self._turns(positions // BIAS_BLOCK * BIAS_BLOCK + BIAS_BLOCK // 2)
         by_head = bias.detach().float().unflatten(0, (-1, 1, self.shape.head_dim))
         first, second = by_head.chunk(2, -1)
         turned = torch.cat((first, second), -1) * cos + torch.cat((-second, first), -1) * sin
-        angle = torch.atan2(self.sin[1], self.cos[1])  # of one token
-        return turned * (angle < BIAS_SPEED)
+        cos, sin = self._turns(torch.ones(1, device=self.device, dtype=torch.long))
+        return turned * (torch.atan2(sin[0], cos[0]) < BIAS_SPEED)
 
     @torch.no_grad()
     def forward(self, windows: list[list[int]], change: Change | None) -> torch.Tensor:
         """(windows, tokens, hidden) last hidden states."""
         ids = torch.tensor(windows, device=self.device)
         cache = Changed(self.model.config, self.shape.layers, change)
-        return self.model.base_model(input_ids=ids, past_key_values=cache).last_hidden_state
+        positions = torch.arange(ids.shape[1], device=self.device)[None] + self.first
+        base = self.model.base_model
+        return base(ids, position_ids=positions, past_key_values=cache).last_hidden_state
 
     def hidden(self, windows: list[list[int]], change: Change | None) -> Iterator[torch.Tensor]:
         """(tokens - 1, hidden) of each window: what predicts its tokens but the first."""

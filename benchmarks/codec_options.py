@@ -221,6 +221,7 @@ WITHOUT_BIAS = tuple(
     for base in (
         "identity 1:8",
         "hadamard 1:8",
+        "balanced+mix 1:8",
         f"weighted+mix {V8_4} {S}",
         f"balanced+mix {V8_4} {S}",
         f"weighted+mix {K5} {S}",

@@ -135,6 +135,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=40_960, help="to evaluate on")
     parser.add_argument("--calibration-tokens", type=int, default=61_440)
     parser.add_argument("--window", type=int, default=2048, help="tokens of a sequence")
+    parser.add_argument(
+        "--offset", type=int, default=0, help="position of a window's first token in evaluation"
+    )
     parser.add_argument("--batch", type=int, default=4, help="windows at a time")
     parser.add_argument("--only", default="", help="regular expression; options it is found in")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -153,8 +156,9 @@ def main() -> None:
         chosen.model = str(ensure(ModelName.smollm2))
     started = time.perf_counter()
     torch.backends.cuda.matmul.allow_tf32 = False
-    model = Model(chosen.model, chosen.device, chosen.window, chosen.batch)
-    statistics = model.statistics(texts.find_texts([chosen.calibration]), chosen.calibration_tokens)
+    model = Model(chosen.model, chosen.device, chosen.window, chosen.batch, chosen.offset)
+    collected = model.statistics(texts.find_texts([chosen.calibration]), chosen.calibration_tokens)
+    model.evaluate_far()
     files = texts.find_texts([chosen.evaluation])
     count = max(1, chosen.tokens // chosen.window)
     windows = texts.windows(model.tokenizer, files, count, chosen.window)
@@ -165,7 +169,7 @@ def main() -> None:
     for option in OPTIONS:
         if not re.search(chosen.only, f"{option.group}: {option.name}"):
             continue
-        rows.append(measure(option, model, statistics, reference))
+        rows.append(measure(option, model, collected, reference))
         write(chosen, model, files, windows, stock, rows)
         print(line(rows[-1]), f"{time.perf_counter() - started:.0f} s", flush=True)
 
@@ -206,6 +210,7 @@ def write(
         "dtype": "float32",
         "layers": len(model.shape.layers),
         "head_dim": model.shape.head_dim,
+        "offset": chosen.offset,
         "only": chosen.only,
     }
     results = {"perplexity_stock": stock, "rows": rows}

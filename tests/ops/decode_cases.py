@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from kernel_cases import FORMATS as ALL_FORMATS
-from kernel_cases import make_codec, make_plan
+from kernel_cases import add_bias, make_codec, make_plan
 
 from vllm_kvpca.ops.archive.reference import archive_slots
 from vllm_kvpca.ops.attend import reference
@@ -92,14 +92,24 @@ def make_case(
         for j in range(start // RAW_BLOCK, start // RAW_BLOCK + r_rows[i]):
             r_table[i, j] = next(r_free)
         key, value = torch.randn(2, start + (count or 0), kv_heads, dim, device=device).to(dtype)
+        positions = torch.arange(len(key), device=device)
+        key = add_bias(codec, key, positions)
         slots = slots_of(a_table[i], block, 0, start, device)
-        archive_slots(pages, key[:start], value[:start], slots, codec)
+        archive_slots(pages, key[:start], value[:start], slots, positions[:start], codec)
         slots = slots_of(r_table[i], RAW_BLOCK, start, len(key), device)
         store_slots(recent, key[start:], value[start:], slots)
     lengths = [0 if r is None else s + r + 1 for s, r in zip(starts, recents, strict=True)]
     ints = [torch.tensor(x, dtype=torch.int32, device=device) for x in (starts, lengths)]
     longest = max(*lengths, 1)
-    workspace = make_workspace(batch, heads, kv_heads, dim, longest, torch.device(device))
+    workspace = make_workspace(
+        batch,
+        heads,
+        kv_heads,
+        dim,
+        longest,
+        torch.device(device),
+        key_bias=codec.k_bias is not None,
+    )
     for x in (workspace.sums, workspace.maxima, workspace.weights, workspace.rotated):
         x.fill_(float("nan"))
     chunks = make_chunks(workspace, batch)
@@ -119,6 +129,7 @@ def make_case(
     )
     qkv = torch.randn(batch, heads + 2 * kv_heads, dim, device=device).to(dtype)
     query, key, value = qkv.split([heads, kv_heads, kv_heads], 1)
+    key.copy_(add_bias(codec, key, (ints[1] - 1).clamp_min(0)))
     tokens = StepTokens(query, key, value, torch.full_like(query, float("nan")))
     cache = LayerCache(recent, pages, codec)
     return DecodeCase(step, tokens, cache, Softmax(dim**-0.5, cap), workspace)

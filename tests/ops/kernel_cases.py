@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from vllm_kvpca.codec.bands import QUANTIZED, Band, signed_nibbles
+from vllm_kvpca.codec.key_bias import KeyBias
 from vllm_kvpca.ops.layer_codec import LayerCodec
 from vllm_kvpca.ops.store.reference import store_slots
 from vllm_kvpca.pages.boundary import Policy
@@ -12,12 +13,14 @@ from vllm_kvpca.pages.layer_plan import LayerPlan, Stream
 from vllm_kvpca.pages.layout import ArchiveLayout
 from vllm_kvpca.pages.step_plan import StepPlan
 
+LONGEST = 1 << 18
+"""Tokens of the longest sequence of any test."""
 Shares = list[tuple[float, int]]
 Sequences = list[tuple[int, int, int]]
 """(computed tokens, new tokens, archived tokens) of each sequence before a step."""
 
 # (K's bands, K rotated, V's bands, V rotated); widths as shares of head_dim. "stretched" is a basis
-# that is not orthonormal.
+# that is not orthonormal, "without bias" one for K whose bias is taken out.
 FORMATS: dict[str, tuple[Shares, bool | str, Shares, bool]] = {
     "raw": ([(1, 16)], False, [(1, 16)], False),
     "k8v8": ([(1, 8)], False, [(1, 8)], False),
@@ -26,6 +29,7 @@ FORMATS: dict[str, tuple[Shares, bool | str, Shares, bool]] = {
     "v-rank-int8": ([(1, 16)], False, [(3 / 4, 8), (1 / 4, 0)], True),
     "kv-mixed": ([(1 / 4, 8), (3 / 4, 4)], True, [(3 / 8, 8), (5 / 8, 4)], True),
     "k4v4": ([(7 / 8, 4), (1 / 8, 0)], "stretched", [(1, 4)], True),
+    "kb-mixed": ([(3 / 8, 8), (5 / 8, 4)], "without bias", [(1, 4)], True),
     "plain-mixed": ([(3 / 8, 8), (5 / 8, 4)], False, [(3 / 8, 4), (1 / 2, 16), (1 / 8, 0)], False),
 }
 
@@ -52,7 +56,19 @@ def make_codec(
             matrix = torch.logspace(-0.5, 0.5, head_dim)[:, None] * matrix
         return matrix.contiguous().to(device)
 
-    return LayerCodec(layout, basis(rotate_k), basis(rotate_v), dtype)
+    k_bias = None
+    if rotate_k == "without bias":
+        frequencies = 1e6 ** (-torch.arange(head_dim // 2) / (head_dim // 2))
+        k_bias = KeyBias(30 * torch.randn(heads, head_dim), frequencies).to(device)
+    codec = LayerCodec(layout, basis(rotate_k), basis(rotate_v), dtype, k_bias)
+    return codec.with_tables(LONGEST)
+
+
+def add_bias(codec: LayerCodec, key: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Keys of these positions as a model with the codec's bias would have them."""
+    if codec.k_bias is None:
+        return key
+    return (key.float() + codec.k_bias.turned(positions.to(key.device))).to(key.dtype)
 
 
 def make_plan(codec: LayerCodec, raw_block: int, policy: Policy) -> LayerPlan:

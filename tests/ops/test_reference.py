@@ -89,7 +89,7 @@ def test_archived_tokens_in_component_space(name, rows):
     for i, n in enumerate(lengths.tolist()):
         position = torch.arange(n)
         slots = table[i, position // block] * block + position % block
-        archive_slots(pages, key[i, :n], value[i, :n], slots, codec)
+        archive_slots(pages, key[i, :n], value[i, :n], slots, position, codec)
     query = torch.randn(4, 2, rows, HEAD_DIM)
     part = parts.attend_archive(query, pages, table, lengths, codec, Softmax(0.125))
     for i, n in enumerate(lengths.tolist()):
@@ -110,12 +110,13 @@ def test_keys_in_a_basis_that_is_not_orthonormal():
     codec = LayerCodec(plain.layout, basis, None, torch.bfloat16)
     key = torch.randn(50, 2, HEAD_DIM)
     query = torch.randn(1, 2, 7, HEAD_DIM)
-    components = codec.decode(*codec.encode(key, "k"), "k")
+    positions = torch.arange(len(key))
+    components = codec.decode(*codec.encode(key, "k", positions), "k")
     scores = torch.einsum("hrc,thc->hrt", codec.rotate_query(query)[0], components)
     wanted = torch.einsum("hrd,thd->hrt", query[0].double(), key.double())
     # 8 bits round by 1/254 of the largest component; what stretches 3-fold counts 3-fold.
     assert (scores - wanted).norm() / wanted.norm() < 0.03
-    restored = codec.restore(components, "k")
+    restored = codec.restore(components, "k", positions)
     assert (restored - key).norm() / key.norm() < 0.03
 
 
@@ -126,7 +127,8 @@ def test_tiles_of_a_long_archive_merge(monkeypatch):
     block = codec.layout.block_size
     pages = torch.zeros(8, 1, codec.layout.head_bytes, dtype=torch.uint8)
     key, value = torch.randn(2, 300, 1, HEAD_DIM).bfloat16()
-    archive_slots(pages, key, value, torch.arange(block, block + 300), codec)
+    position = torch.arange(300)
+    archive_slots(pages, key, value, block + position, position, codec)
     table = torch.arange(1, 8)[None]
     query = torch.randn(1, 1, 3, HEAD_DIM)
     whole = parts.attend_archive(query, pages, table, torch.tensor([300]), codec, Softmax(0.125))
@@ -143,6 +145,6 @@ def test_slot_minus_one_leaves_the_cache_untouched():
     recent = torch.full((2, 1, RAW_BLOCK, 2 * HEAD_DIM), 7.0, dtype=torch.bfloat16)
     key, value = torch.randn(2, 5, 1, HEAD_DIM).bfloat16()
     nowhere = torch.full((5,), -1)
-    archive_slots(pages, key, value, nowhere, codec)
+    archive_slots(pages, key, value, nowhere, torch.arange(5), codec)
     store_slots(recent, key, value, nowhere)
     assert (pages == 7).all() and (recent == 7).all()

@@ -137,4 +137,6 @@ def _describe(tensor: TensorFormat) -> str:
         f"{band.share} of the components {f'in {band.bits} bits' if band.bits else 'dropped'}"
         for band in tensor.bands
     )
-    return "raw" if tensor.bands[0].bits == 16 else f"basis {tensor.basis}; {bands}"
+    if tensor.bands[0].bits == 16:
+        return "raw"
+    return f"basis {tensor.basis}{', without its bias' * tensor.without_bias}; {bands}"

@@ -7,9 +7,10 @@ of x x^T and of x, in float64, per layer and KV head.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from transformers.cache_utils import DynamicCache, DynamicIndexedLayer, DynamicL
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from vllm_kvpca.codec.key_bias import KeyBias
 from vllm_kvpca.errors import UnsupportedError
 
 OBSERVED = "kvpca_observed"
@@ -50,12 +52,14 @@ class Moments:
             "q" over all query heads that read the KV head.
         firsts: the same keys to {layer: (kv_heads, head_dim) float64 sum of x}.
         windows: windows seen.
+        key_biases: what was taken out of K, by layer; empty: nothing.
     """
 
     sums: dict[str, dict[int, torch.Tensor]]
     tokens: int = 0
     firsts: dict[str, dict[int, torch.Tensor]] = field(default_factory=dict)
     windows: int = 0
+    key_biases: dict[int, KeyBias] = field(default_factory=dict)
 
     def add(self, which: str, layer: int, states: torch.Tensor) -> None:
         """Add the (1, kv_heads, rows, head_dim) states of one layer."""
@@ -76,7 +80,8 @@ class Moments:
 
     def only(self, names: Iterable[str]) -> Moments:
         """The same sums of some of "k", "v", "q"."""
-        return Moments({which: self.sums[which] for which in names}, self.tokens)
+        sums = {which: self.sums[which] for which in names}
+        return Moments(sums, self.tokens, key_biases=self.key_biases)
 
 
 def attention_shape(model: Any) -> AttentionShape:
@@ -116,6 +121,7 @@ def collect(
     advance: Callable[[int], None] = lambda tokens: None,
     moments: Moments | None = None,
     after_window: Callable[[Moments], None] = lambda moments: None,
+    key_biases: Mapping[int, KeyBias] = MappingProxyType({}),
 ) -> Moments:
     """Run the model over token windows and sum up x x^T and x of what it caches.
 
@@ -126,13 +132,18 @@ def collect(
         advance: called with the tokens of each finished window.
         moments: of windows that an earlier run has seen; they are added to.
         after_window: called with all there is after each window.
+        key_biases: by layer, what is taken out of K first (calibration.key_bias).
 
     Raises:
         UnsupportedError: queries are wanted, and the model's attention cannot be observed.
     """
     found = moments or Moments({which: {} for which in wanted})
+    found.key_biases = dict(key_biases)
 
     def add(layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        if layer in key_biases:
+            positions = torch.arange(k.shape[2], device=k.device)
+            k = k.float() - key_biases[layer].turned(positions).transpose(0, 1)
         for which in found.sums.keys() & {"k", "v"}:
             found.add(which, layer, {"k": k, "v": v}[which])
 

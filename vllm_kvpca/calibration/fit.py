@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from vllm_kvpca.calibration.collect import AttentionShape, Moments
+from vllm_kvpca.calibration.key_bias import as_tensors
 from vllm_kvpca.codec import balanced_basis, encoder, mix_bands, pca_basis
 from vllm_kvpca.errors import CalibrationError, LayoutError
 from vllm_kvpca.preset.formats import CALIBRATED_FORMATS, FORMATS
@@ -37,9 +38,16 @@ def wanted(config: PresetConfig) -> list[str]:
 
 
 def preset_config(
-    name: str, model: str, revision: str | None, shape: AttentionShape
+    name: str,
+    model: str,
+    revision: str | None,
+    shape: AttentionShape,
+    without_bias: bool = False,
 ) -> PresetConfig:
     """Configuration of a preset of format `name`, before any text is read.
+
+    Args:
+        without_bias: whether a K with a fitted basis is stored without the model's bias.
 
     Raises:
         CalibrationError: the format's bands do not fit the model's heads.
@@ -52,6 +60,8 @@ def preset_config(
         raise CalibrationError(
             f"format {name!r} does not fit heads of {shape.head_dim} dimensions: {error}"
         ) from error
+    if without_bias and k.calibrated:
+        k = k.model_copy(update={"without_bias": True})
     return PresetConfig(
         format=name,
         description=description,
@@ -75,7 +85,8 @@ def fit_bases(moments: Moments, config: PresetConfig) -> dict[str, torch.Tensor]
         moments: of what `wanted(config)` names.
 
     Returns:
-        "k", "v" to (layers, kv_heads, head_dim, head_dim) float32, for those with a basis.
+        "k", "v" to (layers, kv_heads, head_dim, head_dim) float32, for those with a basis; and
+        what is taken out of K, if anything is (key_bias.as_tensors).
 
     Raises:
         CalibrationError: the model computed NaN or infinity.
@@ -98,7 +109,7 @@ def fit_bases(moments: Moments, config: PresetConfig) -> dict[str, torch.Tensor]
             fitted = pca_basis(means[which])
         widths = [band.width for band in getattr(config, which).resolve(fitted.shape[-1])]
         bases[which] = mix_bands(fitted, widths) if recipe.mixed else fitted
-    return bases
+    return bases | (as_tensors(moments.key_biases) if config.k.without_bias else {})
 
 
 def _shape(moment: torch.Tensor) -> torch.Tensor:
@@ -115,7 +126,10 @@ def band_energy(
 ) -> dict[str, list[float]]:
     """Share of the components' energy that falls into each band, averaged over layers and heads."""
     shares: dict[str, list[float]] = {}
-    for which, basis in bases.items():
+    for which in "kv":
+        if which not in bases:
+            continue
+        basis = bases[which]
         columns = encoder(basis).double()
         energy = (columns * (moments.mean(which) @ columns)).sum(-2)
         energy = (energy / energy.sum(-1, keepdim=True)).mean((0, 1))

@@ -59,13 +59,17 @@ class StoredCache(DynamicCache):
 def _codec(preset: Preset, layer: int, states: torch.Tensor) -> LayerCodec:
     _, heads, _, head_dim = states.shape
     k, v = (preset.basis(which, layer, list(range(heads)), head_dim) for which in "kv")
+    bias = preset.key_bias(layer, list(range(heads)))
     k, v = (basis if basis is None else basis.to(states.device) for basis in (k, v))
-    return LayerCodec(preset.layout(head_dim), k, v, states.dtype)
+    bias = bias and bias.to(states.device)
+    return LayerCodec(preset.layout(head_dim), k, v, states.dtype, bias)
 
 
 def _kept(codec: LayerCodec, states: torch.Tensor, which: str) -> torch.Tensor:
     rows = states.transpose(1, 2).flatten(0, 1)
-    kept = codec.restore(codec.decode(*codec.encode(rows, which), which), which)
+    positions = torch.arange(states.shape[2], device=states.device).repeat(len(states))
+    codes = codec.encode(rows, which, positions)
+    kept = codec.restore(codec.decode(*codes, which), which, positions)
     return kept.to(states.dtype).unflatten(0, (len(states), -1)).transpose(1, 2)
 
 

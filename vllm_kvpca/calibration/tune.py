@@ -50,16 +50,21 @@ class Target:
             raise OptionsError(f"--target-ppl-delta {self.ppl_delta:g} is below 0.")
 
 
-def candidates(name: str, revision: str | None, shape: AttentionShape) -> list[Preset]:
+def candidates(
+    name: str, revision: str | None, shape: AttentionShape, without_bias: bool = False
+) -> list[Preset]:
     """Every format that compresses, fits the model's heads and drops no component (that loses far
-    more than the same bytes in mixed bit widths), lowest ratio first; bases are still missing."""
+    more than the same bytes in mixed bit widths), lowest ratio first; bases are still missing.
+
+    without_bias: see fit.preset_config.
+    """
     found = []
     for format_name in [*FORMATS, *CALIBRATED_FORMATS]:
         try:
             if format_name in FORMATS:
                 config = FORMATS[format_name]
             else:
-                config = preset_config(format_name, name, revision, shape)
+                config = preset_config(format_name, name, revision, shape, without_bias)
             ratio = Preset(format_name, config).layout(shape.head_dim).total_ratio
         except (CalibrationError, LayoutError):
             continue  # its bands do not fit these heads

@@ -18,6 +18,7 @@ from vllm_kvpca.errors import OptionsError
 if TYPE_CHECKING:
     from vllm_kvpca.calibration.card import Source
     from vllm_kvpca.calibration.collect import AttentionShape, Moments
+    from vllm_kvpca.codec.key_bias import KeyBias
 
 QUANTIZED_HELP = (
     "How the weights were quantized before they were unpacked, e.g. Q4_K_M: the preset then serves "
@@ -77,6 +78,7 @@ def calibrate(
     from vllm_kvpca.calibration.card import source_of_now
     from vllm_kvpca.calibration.collect import attention_shape
     from vllm_kvpca.calibration.fit import check_format, preset_config, wanted
+    from vllm_kvpca.calibration.key_bias import key_biases
     from vllm_kvpca.calibration.network import load, name_of, samples_of
     from vllm_kvpca.calibration.report import spread
     from vllm_kvpca.calibration.text import find_texts
@@ -94,13 +96,14 @@ def calibrate(
         shape = attention_shape(network)
     revision = getattr(network.config, "_commit_hash", None)
     made_for = name or name_of(model)
-    configs = {one: preset_config(one, made_for, revision, shape) for one in formats}
+    biases = key_biases(network, shape)
+    configs = {one: preset_config(one, made_for, revision, shape, bool(biases)) for one in formats}
     dtype = str(network.dtype).removeprefix("torch.")
     source = source_of_now(files, tokens, window, seed, dtype, note)
     # K and V both, whatever the formats need: the report shows what another one would gain.
     which = {"k", "v"}.union(*map(wanted, configs.values()))
     moments = collect_moments(
-        console, network, shape, sorted(which), tokenizer, files, source, output, model
+        console, network, shape, sorted(which), tokenizer, files, source, output, model, biases
     )
     source = replace(source, tokens=moments.tokens)
     presets = {folders[one]: config for one, config in configs.items()}
@@ -145,6 +148,7 @@ def collect_moments(
     source: Source,
     output: Path,
     model: str,
+    biases: dict[int, KeyBias],
 ) -> Moments:
     """Second moments of the text; those that a run which was cut off has left are taken over."""
     from vllm_kvpca.calibration import text as texts
@@ -164,7 +168,7 @@ def collect_moments(
         console.print(f"{found.tokens:,} tokens were done by an earlier run: going on from there.")
     windows = islice(texts.windows(*budget, source.seed), found.windows if found else 0, None)
     with progress.tokens(console, total, found.tokens if found else 0) as advance:
-        return collect(network, shape, which, windows, advance, found, saved.save)
+        return collect(network, shape, which, windows, advance, found, saved.save, biases)
 
 
 def spread_table(rows: list[dict[str, Any]], title: str) -> Table:

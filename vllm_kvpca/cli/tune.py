@@ -59,6 +59,7 @@ def tune(
     from vllm_kvpca.calibration import text as texts
     from vllm_kvpca.calibration.card import source_of_now
     from vllm_kvpca.calibration.collect import attention_shape
+    from vllm_kvpca.calibration.key_bias import key_biases
     from vllm_kvpca.calibration.network import load, name_of, samples_of
     from vllm_kvpca.calibration.tune import (
         STATE_FILE,
@@ -83,12 +84,13 @@ def tune(
         everything = list(texts.windows(files, tokenizer, window, tokens + measure_tokens, seed))
     fit_on, measure_on = split(everything, tokens, window)
     revision = getattr(network.config, "_commit_hash", None)
-    presets = candidates(name or name_of(model), revision, shape)
+    biases = key_biases(network, shape)
+    presets = candidates(name or name_of(model), revision, shape, bool(biases))
     dtype = str(network.dtype).removeprefix("torch.")
     source = source_of_now(files, sum(map(len, fit_on)), window, seed, dtype)
     wanted = moments_wanted(presets)
     moments = collect_moments(
-        console, network, shape, wanted, tokenizer, files, source, output, model
+        console, network, shape, wanted, tokenizer, files, source, output, model, biases
     )
     settings: dict[str, Any] = {
         "tokens": moments.tokens,
@@ -192,7 +194,11 @@ def _save(
         save_preset(output, chosen.config, {}, card, texts)
         return
     fitted = tuner.fitted(chosen)
-    energy = band_energy(tuner.moments.only(list(fitted.bases)), fitted.bases, fitted.config)
+    energy = band_energy(
+        tuner.moments.only([which for which in "kv" if which in fitted.bases]),
+        fitted.bases,
+        fitted.config,
+    )
     card = write_card(fitted.config, source, energy, measured)
     save_preset(output, fitted.config, fitted.bases, card, texts, weights)
 

@@ -156,7 +156,8 @@ class PresetCache(Cache):
             layout, heads = self.preset.layout(head_dim), list(range(kv_heads))
             k, v = (self.preset.basis(which, layer, heads, head_dim) for which in "kv")
             k, v = (basis if basis is None else basis.to(device) for basis in (k, v))
-            self._codecs[key] = LayerCodec(layout, k, v, dtype)
+            bias = self.preset.key_bias(layer, heads)
+            self._codecs[key] = LayerCodec(layout, k, v, dtype, bias and bias.to(device))
         return self._codecs[key]
 
 

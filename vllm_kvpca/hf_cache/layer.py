@@ -45,7 +45,7 @@ class Archive:
     def __init__(self, codec: LayerCodec, which: str, states: torch.Tensor) -> None:
         self.codec = codec
         self.which = which
-        self.codes, self.scales = self._encode(states[:, :, :0])
+        self.codes, self.scales = self._encode(states[:, :, :0], 0)
 
     def __len__(self) -> int:
         return self.codes.shape[1]
@@ -56,7 +56,7 @@ class Archive:
 
     def append(self, states: torch.Tensor) -> None:
         """Archive (batch, kv_heads, tokens, head_dim) raw states behind what is there."""
-        codes, scales = self._encode(states)
+        codes, scales = self._encode(states, len(self))
         self.codes = torch.cat([self.codes, codes], 1)
         self.scales = torch.cat([self.scales, scales], 1)
 
@@ -65,7 +65,9 @@ class Archive:
         for first in range(0, len(self), RESTORE_CHUNK):
             part = slice(first, first + RESTORE_CHUNK)
             y = self.codec.decode(self.codes[:, part], self.scales[:, part], self.which)
-            x = self.codec.restore(y.flatten(0, 1), self.which).unflatten(0, y.shape[:2])
+            positions = _positions(first, y)
+            x = self.codec.restore(y.flatten(0, 1), self.which, positions)
+            x = x.unflatten(0, y.shape[:2])
             out[:, :, part] = narrow(x.transpose(1, 2), out.dtype)
 
     def crop(self, tokens: int) -> None:
@@ -76,10 +78,17 @@ class Archive:
         """Apply the same change of rows to codes and scales."""
         self.codes, self.scales = change(self.codes), change(self.scales)
 
-    def _encode(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _encode(self, states: torch.Tensor, first: int) -> tuple[torch.Tensor, torch.Tensor]:
         rows = states.detach().transpose(1, 2)  # (batch, tokens, kv_heads, head_dim)
-        codes, scales = self.codec.encode(rows.flatten(0, 1), self.which)
+        positions = _positions(first, rows)
+        codes, scales = self.codec.encode(rows.flatten(0, 1), self.which, positions)
         return codes.unflatten(0, rows.shape[:2]), scales.unflatten(0, rows.shape[:2])
+
+
+def _positions(first: int, rows: torch.Tensor) -> torch.Tensor:
+    """Of the (batch, tokens) of `rows`, row by row: padding counts as tokens do."""
+    batch, tokens = rows.shape[:2]
+    return torch.arange(first, first + tokens, device=rows.device).repeat(batch)
 
 
 class CompressedLayer(DynamicLayer):

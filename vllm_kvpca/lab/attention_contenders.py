@@ -206,7 +206,9 @@ def _ours(shape: Shape, name: str) -> tuple[Call, int, float]:
     )
     tokens = StepTokens(query, key, value, torch.empty_like(query))
     heads = (shape.heads, shape.kv_heads, shape.head_dim)
-    workspace = make_workspace(shape.batch, *heads, shape.context, device)
+    workspace = make_workspace(
+        shape.batch, *heads, shape.context, device, key_bias=cache_codec.k_bias is not None
+    )
     chunks = make_chunks(workspace, shape.batch)
     query_start = torch.arange(shape.batch + 1, dtype=torch.int32, device=device)
     steps = [
@@ -246,12 +248,13 @@ def _layer(name: str, shape: Shape, device: torch.device) -> tuple[LayerPlan, La
     )
     streams, dtype = preset.streams(shape.head_dim), torch.bfloat16
     plan = LayerPlan(streams, dtype, blocks.raw_block, blocks.archive_block, after, kept)
-    bases = {}
     first = (preset.config.layers or (0,))[0]  # a preset may cover some layers only
-    for which in "kv":
-        basis = preset.basis(which, first, list(range(shape.kv_heads)), shape.head_dim)
-        bases[f"{which}_basis"] = None if basis is None else basis.to(device)
-    return plan, LayerCodec(plan.archive, dtype=dtype, **bases)
+    heads = list(range(shape.kv_heads))
+    k, v = (preset.basis(which, first, heads, shape.head_dim) for which in "kv")
+    k, v = (basis if basis is None else basis.to(device) for basis in (k, v))
+    bias = preset.key_bias(first, heads)
+    codec = LayerCodec(plan.archive, k, v, dtype, bias and bias.to(device))
+    return plan, codec.with_tables(shape.context)
 
 
 def _preset(name: str, shape: Shape) -> Preset:

@@ -59,6 +59,29 @@ def code_rows(page, token, CODES: tl.constexpr, BYTE: tl.constexpr, kind: tl.con
     return (page + CODES[0] + row).to(tl.pointer_type(kind))
 
 
+@triton.jit
+def turned_bias(bias, rows, HEAD_DIM: tl.constexpr):
+    """What is taken out of K and given back (codec.key_bias), channels `rows` of a head.
+
+    Args:
+        bias: (slow, angles): the head's row of BiasTables.slow, and pointers (tokens,) to the rows
+            of BiasTables.angles of the tokens' runs.
+
+    Returns:
+        (tokens, channels) float32; channels past the head are 0.
+    """
+    slow, angles = bias
+    half: tl.constexpr = HEAD_DIM // 2
+    exists = rows < HEAD_DIM
+    is_first = rows < half
+    pair = tl.where(is_first, rows, rows - half)
+    own = tl.load(slow + rows, exists, other=0.0)
+    other = tl.load(slow + tl.where(is_first, rows + half, rows - half), exists, other=0.0)
+    cos = tl.load(angles[:, None] + pair[None, :], exists[None, :], other=0.0)
+    sin = tl.load(angles[:, None] + half + pair[None, :], exists[None, :], other=0.0)
+    return own[None, :] * cos + tl.where(is_first, -other, other)[None, :] * sin
+
+
 def _region(region: Region) -> tuple[int, int]:
     return region.offset, region.width
 

@@ -3,14 +3,31 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 import torch
 
 from vllm_kvpca.codec.bands import Band, decode_bands, encode_bands
 from vllm_kvpca.codec.basis import ROTATED_RANGE, encoder
+from vllm_kvpca.codec.key_bias import RUN, KeyBias
 from vllm_kvpca.pages.layout import ArchiveLayout
+
+
+@dataclass(frozen=True)
+class BiasTables:
+    """What kernels need of a KeyBias (codec.key_bias), at fixed addresses.
+
+    Attributes:
+        slow: (kv_heads, head_dim) float32, KeyBias.slow.
+        angles: (runs, head_dim) float32, KeyBias.angles of all runs of the longest sequence.
+        query_matrix: (kv_heads, head_dim, 2 * head_dim) float32: K's basis, then KeyBias.products,
+            so that one product rotates a query and makes what its bias scores are made of.
+    """
+
+    slow: torch.Tensor
+    angles: torch.Tensor
+    query_matrix: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -22,6 +39,8 @@ class LayerCodec:
         k_basis, v_basis: (kv_heads, head_dim, head_dim) float32; None is the identity. V's is
             orthonormal.
         dtype: the model's dtype, in which 16-bit bands are stored.
+        k_bias: taken out of K before it is projected; None if it is left in.
+        k_tables: of k_bias, where kernels are to run.
         k_encoder: what K is multiplied with when it is archived; k_basis if that is orthonormal.
     """
 
@@ -29,6 +48,8 @@ class LayerCodec:
     k_basis: torch.Tensor | None
     v_basis: torch.Tensor | None
     dtype: torch.dtype
+    k_bias: KeyBias | None = None
+    k_tables: BiasTables | None = None
     k_encoder: torch.Tensor | None = field(init=False)
 
     def __post_init__(self) -> None:
@@ -41,21 +62,42 @@ class LayerCodec:
         object.__setattr__(codec, "layout", layout)
         return codec
 
+    def with_tables(self, max_tokens: int) -> LayerCodec:
+        """The same codec for kernels, for sequences of at most `max_tokens` tokens."""
+        if self.k_bias is None:
+            return self
+        assert self.k_basis is not None  # the schema demands one
+        runs = torch.arange(-(-max_tokens // RUN), device=self.k_bias.bias.device)
+        matrix = torch.cat([self.k_basis, self.k_bias.products()], -1)
+        tables = BiasTables(
+            self.k_bias.slow.contiguous(), self.k_bias.angles(runs), matrix.contiguous()
+        )
+        return replace(self, k_tables=tables)
+
     def matrices(self) -> dict[str, torch.Tensor]:
         """What of the codec takes memory on the device, by name."""
         found = {"k_basis": self.k_basis, "v_basis": self.v_basis, "k_encoder": self.k_encoder}
+        if self.k_bias is not None:
+            found |= {"k_bias": self.k_bias.bias, "k_frequencies": self.k_bias.frequencies}
+        if self.k_tables is not None:
+            found |= {f"k_{name}": table for name, table in vars(self.k_tables).items()}
         return {name: matrix for name, matrix in found.items() if matrix is not None}
 
-    def encode(self, x: torch.Tensor, which: str) -> tuple[torch.Tensor, torch.Tensor]:
+    def encode(
+        self, x: torch.Tensor, which: str, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes and scales of head vectors.
 
         Args:
             x: (tokens, kv_heads, head_dim) in the model's dtype.
             which: "k" or "v".
+            positions: (tokens,) in their sequences.
 
         Returns:
             (tokens, kv_heads, code_bytes) uint8, (tokens, kv_heads, num_scales) bfloat16.
         """
+        if which == "k" and self.k_bias is not None:
+            x = x.float() - self.k_bias.turned(positions)
         basis = self.k_encoder if which == "k" else self.v_basis
         if basis is not None:
             x = x.float().clamp(-ROTATED_RANGE, ROTATED_RANGE)
@@ -66,11 +108,12 @@ class LayerCodec:
         """Stored components in float32: (..., stored_width)."""
         return decode_bands(codes, scales, self.bands(which), raw_dtype=self.dtype)
 
-    def restore(self, x: torch.Tensor, which: str) -> torch.Tensor:
+    def restore(self, x: torch.Tensor, which: str, positions: torch.Tensor) -> torch.Tensor:
         """Head vectors of decoded components, zero where a band has 0 bits.
 
         Args:
             x: (tokens, kv_heads, stored_width) float32.
+            positions: (tokens,) in their sequences.
 
         Returns:
             (tokens, kv_heads, head_dim).
@@ -78,9 +121,12 @@ class LayerCodec:
         basis = self.k_basis if which == "k" else self.v_basis
         kept = stored_components(self.bands(which), x.device)
         if basis is not None:
-            return torch.einsum("thc,hdc->thd", x, basis[..., kept])
-        out = x.new_zeros(*x.shape[:-1], self.layout.head_dim)
-        out[..., kept] = x
+            out = torch.einsum("thc,hdc->thd", x, basis[..., kept])
+        else:
+            out = x.new_zeros(*x.shape[:-1], self.layout.head_dim)
+            out[..., kept] = x
+        if which == "k" and self.k_bias is not None:
+            out += self.k_bias.turned(positions)
         return out
 
     def bands(self, which: str) -> tuple[Band, ...]:
@@ -98,6 +144,22 @@ class LayerCodec:
         if self.k_basis is not None:
             query = query @ self.k_basis
         return query[..., stored_components(self.layout.k_bands, query.device)]
+
+    def bias_scores(self, query: torch.Tensor, positions: torch.Tensor) -> torch.Tensor | None:
+        """Products of queries with what was taken out of K; None if nothing was.
+
+        Args:
+            query: (batch, kv_heads, rows, head_dim) float32, in head space.
+            positions: (tokens,).
+
+        Returns:
+            (batch, kv_heads, rows, tokens) float32.
+        """
+        if self.k_bias is None:
+            return None
+        runs, which = torch.unique(positions // RUN, return_inverse=True)
+        products = (query @ self.k_bias.products()) @ self.k_bias.angles(runs).T
+        return products[..., which]
 
     def restore_output(self, output: torch.Tensor) -> torch.Tensor:
         """Head vectors from the weighted sum of V's components: one product with B^T.

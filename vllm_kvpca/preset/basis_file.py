@@ -13,6 +13,8 @@ from vllm_kvpca.errors import PresetInvalid
 from vllm_kvpca.preset.find import BASIS_FILE, CONFIG_FILE, MAX_BYTES, file_of
 from vllm_kvpca.preset.schema import PresetConfig
 
+K_BIAS, K_FREQUENCIES = "k_bias", "k_frequencies"
+"""Of codec.key_bias, where K is stored without its bias."""
 MAX_HEADER_BYTES = 1 << 16
 """Two tensors take 200 bytes of header, and a file may carry some metadata."""
 MAX_CONDITION = 1e4
@@ -34,18 +36,20 @@ def load_bases(name: str, folder: Path, config: PresetConfig) -> dict[str, torch
         name: the preset, for messages.
 
     Returns:
-        "k" and "v", where calibrated, to (layers, kv_heads, head_dim, head_dim) float32.
+        "k" and "v", where calibrated, to (layers, kv_heads, head_dim, head_dim) float32; and where
+        K is stored without its bias "k_bias" to (layers, kv_heads, head_dim) and "k_frequencies"
+        to (head_dim / 2,) float32.
 
     Raises:
         PresetInvalid: the file is missing, damaged or too large, or holds something else than
             finite bases of the declared shape, orthonormal or invertible as the format demands.
     """
-    wanted = [which for which in "kv" if getattr(config, which).calibrated]
-    shape = _declared_shape(config)
-    if 2 * math.prod(shape) * len(wanted) > MAX_BYTES[BASIS_FILE]:
+    wanted = _declared_shapes(config)
+    size = sum(2 * math.prod(shape) for shape in wanted.values())
+    if size > MAX_BYTES[BASIS_FILE]:
         raise PresetInvalid(
-            f"the bases that {CONFIG_FILE} of preset {name!r} declares, {len(wanted)} times "
-            f"{shape}, are larger than {MAX_BYTES[BASIS_FILE]} bytes: not a preset."
+            f"the bases that {CONFIG_FILE} of preset {name!r} declares take {size:,} bytes, and "
+            f"{MAX_BYTES[BASIS_FILE]:,} are the most that a preset has: not a preset."
         )
     path = file_of(folder, BASIS_FILE)
     if path is None:
@@ -54,21 +58,32 @@ def load_bases(name: str, folder: Path, config: PresetConfig) -> dict[str, torch
     try:
         _check_header_length(path)
         with safe_open(path, "pt") as file:
-            _check_header(path, file, wanted, shape)
-            tensors = {which: file.get_tensor(f"{which}_basis") for which in wanted}
+            _check_header(path, file, wanted)
+            tensors = {name: file.get_tensor(name) for name in wanted}
     except (SafetensorError, OSError) as error:
         raise PresetInvalid(f"{path} cannot be read ({error}): truncated? {_AGAIN}") from error
-    for which, basis in tensors.items():
-        for layer in basis:
+    for which in "kv":
+        for layer in tensors.get(f"{which}_basis", ()):
             _check_layer(path, which, layer, getattr(config, which).basis)
-    return {which: basis.float() for which, basis in tensors.items()}
+    for name in (K_BIAS, K_FREQUENCIES):
+        if name in tensors and not torch.isfinite(tensors[name]).all():
+            raise PresetInvalid(f"{path}: {name} holds NaN or infinity. {_AGAIN}")
+    return {name.removesuffix("_basis"): tensor.float() for name, tensor in tensors.items()}
 
 
-def _declared_shape(config: PresetConfig) -> tuple[int, ...]:
+def _declared_shapes(config: PresetConfig) -> dict[str, tuple[int, ...]]:
+    """Name to shape of each tensor that the file must hold."""
     model = config.model
     assert model is not None  # the schema demands it for calibrated formats
-    layers = model.num_layers if config.layers is None else len(config.layers)
-    return layers, model.num_kv_heads, model.head_dim, model.head_dim
+    heads = (len(config.covered), model.num_kv_heads, model.head_dim)
+    shapes: dict[str, tuple[int, ...]] = {
+        f"{which}_basis": (*heads, model.head_dim)
+        for which in "kv"
+        if getattr(config, which).calibrated
+    }
+    if config.k.without_bias:
+        shapes |= {K_BIAS: heads, K_FREQUENCIES: (model.head_dim // 2,)}
+    return shapes
 
 
 def _check_header_length(path: Path) -> None:
@@ -82,27 +97,27 @@ def _check_header_length(path: Path) -> None:
         )
 
 
-def _check_header(path: Path, file: safe_open, wanted: list[str], shape: tuple[int, ...]) -> None:
-    if set(file.keys()) != {f"{which}_basis" for which in wanted}:
+def _check_header(path: Path, file: safe_open, wanted: dict[str, tuple[int, ...]]) -> None:
+    if set(file.keys()) != set(wanted):
         found = sorted(file.keys())[:8]
-        raise PresetInvalid(f"{path} holds {found}, not the bases of {wanted}. {_AGAIN}")
-    for which in wanted:
-        tensor = file.get_slice(f"{which}_basis")
+        raise PresetInvalid(f"{path} holds {found}, not {list(wanted)}. {_AGAIN}")
+    for name, shape in wanted.items():
+        tensor = file.get_slice(name)
         dtype, have = tensor.get_dtype(), tuple(tensor.get_shape())
         if dtype not in _DTYPES:
-            raise PresetInvalid(f"{path}: {which}_basis is {dtype}, not F16 or F32. {_AGAIN}")
+            raise PresetInvalid(f"{path}: {name} is {dtype}, not F16 or F32. {_AGAIN}")
         if have != shape:
             raise PresetInvalid(
-                f"{path} is of another shape than {CONFIG_FILE} says: {which}_basis has "
+                f"{path} is of another shape than {CONFIG_FILE} says: {name} has "
                 f"{_differing(have, shape)}. {_AGAIN}"
             )
 
 
 def _differing(have: tuple[int, ...], shape: tuple[int, ...]) -> str:
     """The numbers of a basis that are not those declared, e.g. "head_dim 64, not 128"."""
-    if len(have) != len(shape):
+    if len(have) != len(shape) or len(shape) < 3:
         return f"dimensions {have}, not {shape}"
-    pairs = zip(_AXES, have, shape, strict=True)
+    pairs = zip(_AXES, have, shape, strict=False)  # a bias has no fourth
     return ", ".join(dict.fromkeys(f"{axis} {a}, not {b}" for axis, a, b in pairs if a != b))
 
 

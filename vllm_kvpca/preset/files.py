@@ -2,7 +2,9 @@
 
 <folder>/config.json          PresetConfig
 <folder>/basis.safetensors    "k_basis", "v_basis": (layers, kv_heads, head_dim, head_dim)
-                              float32 or float16, only for calibrated formats
+                              float32 or float16, only for calibrated formats; where K is stored
+                              without its bias "k_bias" (layers, kv_heads, head_dim) and
+                              "k_frequencies" (head_dim / 2,)
 <folder>/README.md            the card: where it comes from, what was measured
 <folder>/calibration.json     the texts it was fitted to (see calibration.overlap); optional
 <folder>/weights.json         samples of the model's weights (see preset.weights); optional
@@ -22,11 +24,12 @@ from pydantic import ValidationError
 from safetensors.torch import save_file
 
 from vllm_kvpca.codec.basis import hadamard_basis
+from vllm_kvpca.codec.key_bias import KeyBias
 from vllm_kvpca.codec.threads import one_thread
 from vllm_kvpca.errors import PresetInvalid, PresetMismatch, PresetNotFound
 from vllm_kvpca.pages.layer_plan import Stream
 from vllm_kvpca.pages.layout import ArchiveLayout
-from vllm_kvpca.preset.basis_file import load_bases
+from vllm_kvpca.preset.basis_file import K_BIAS, K_FREQUENCIES, load_bases
 from vllm_kvpca.preset.find import (
     BASIS_FILE,
     CARD_FILE,
@@ -53,7 +56,8 @@ class Preset:
     Attributes:
         name: how the user asked for it.
         config: the format, and the model it belongs to.
-        bases: "k" and "v" to (layers, kv_heads, head_dim, head_dim) float32, where calibrated.
+        bases: "k" and "v" to (layers, kv_heads, head_dim, head_dim) float32, where calibrated;
+            "k_bias" and "k_frequencies", see basis_file.load_bases.
         weights: samples of the weights it was calibrated on, None if it has none.
     """
 
@@ -77,6 +81,8 @@ class Preset:
         basis: str = tensor_format.basis
         if tensor_format.calibrated:
             basis = f"{basis}:{self._digests[which]}"
+        if tensor_format.without_bias:
+            basis += f" without bias:{self._digests[K_BIAS]}:{self._digests[K_FREQUENCIES]}"
         return Stream(which, head_dim, tensor_format.resolve(head_dim), basis)
 
     @cached_property
@@ -104,8 +110,17 @@ class Preset:
         with one_thread():
             if tensor_format.basis == "hadamard":
                 return hadamard_basis(head_dim).expand(len(heads), -1, -1).contiguous()
-            index = self.config.layers.index(layer) if self.config.layers is not None else layer
-            return self.bases[which][index][heads].contiguous()
+            return self.bases[which][self.config.covered.index(layer)][heads].contiguous()
+
+    def key_bias(self, layer: int, heads: list[int]) -> KeyBias | None:
+        """What is taken out of K of one layer's local KV heads; None where K is stored with it.
+
+        Args: as for `basis`.
+        """
+        if not self.config.k.without_bias:
+            return None
+        bias = self.bases[K_BIAS][self.config.covered.index(layer)][heads].contiguous()
+        return KeyBias(bias, self.bases[K_FREQUENCIES])
 
     def check_shape(
         self, num_layers: int, num_kv_heads: int, head_dim: int, layers: list[int]
@@ -220,7 +235,12 @@ def save_preset(
         OutputError: the files cannot be written; then none is.
     """
     text = json.dumps(config.model_dump(mode="json", exclude_none=True), indent=2)
-    tensors = {f"{which}_basis": basis.half().contiguous() for which, basis in bases.items()}
+    tensors = {}
+    for name, tensor in bases.items():
+        if name in (K_BIAS, K_FREQUENCIES):  # small, and slow frequencies are below float16
+            tensors[name] = tensor.float().contiguous()
+        else:
+            tensors[f"{name}_basis"] = tensor.half().contiguous()
     with whole_files(Path(folder), last=CONFIG_FILE) as new:
         (new / CONFIG_FILE).write_text(text + "\n")
         (new / CARD_FILE).write_text(card)

@@ -70,6 +70,9 @@ class TensorFormat(_Strict):
 
     basis: Literal["identity", "hadamard", "pca", "balanced"]
     bands: tuple[BandSpec, ...] = Field(min_length=1, max_length=MAX_BANDS)
+    without_bias: bool = False
+    """K only: the model's bias is taken out first (codec.key_bias); it comes from
+    basis.safetensors, too."""
 
     @model_validator(mode="after")
     def _check(self) -> TensorFormat:
@@ -146,6 +149,10 @@ class PresetConfig(_Strict):
                 )
         if self.calibrated and self.model is None:
             raise ValueError('a fitted basis belongs to one model: the field "model" is missing')
+        if self.v.without_bias:
+            raise ValueError("without_bias is for K: V's bias is no larger than V")
+        if self.k.without_bias and self.k.basis not in ("pca", "balanced"):
+            raise ValueError("without_bias needs a fitted basis")
         if self.v.basis == "balanced":
             raise ValueError('the basis "balanced" is for K: V is not multiplied with queries')
         return self

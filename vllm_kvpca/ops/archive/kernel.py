@@ -14,7 +14,14 @@ import triton.language as tl
 
 from vllm_kvpca.codec.bands import MAX_SCALE_BITS
 from vllm_kvpca.codec.basis import ROTATED_RANGE
-from vllm_kvpca.ops.band_table import check_last_dim, checked_basis, code_rows, layout_constants
+from vllm_kvpca.codec.key_bias import RUN
+from vllm_kvpca.ops.band_table import (
+    check_last_dim,
+    checked_basis,
+    code_rows,
+    layout_constants,
+    turned_bias,
+)
 from vllm_kvpca.ops.dependent_launch import follow_previous, launch_options, overlaps
 from vllm_kvpca.ops.layer_cache import LayerCache
 from vllm_kvpca.ops.locate.kernel import boundary
@@ -53,6 +60,7 @@ def archive(step: StepPlan, tokens: StepTokens, cache: LayerCache) -> None:
         value,
         checked_basis(codec.k_encoder),
         checked_basis(codec.v_basis),
+        None if codec.k_tables is None else (codec.k_tables.slow, codec.k_tables.angles),
         (
             *pages.stride()[:2],
             *recent.stride()[:3],
@@ -74,6 +82,7 @@ def archive(step: StepPlan, tokens: StepTokens, cache: LayerCache) -> None:
         HEAD_DIM=head_dim,
         CHUNK=32 if head_dim % 32 == 0 else 16,
         TILE=TILE_TOKENS,
+        RUN=RUN,
         OVERLAP=overlaps(),
         num_warps=4 if head_dim <= 128 else 8,
         **launch_options(overlaps()),
@@ -110,6 +119,7 @@ def _archive_kernel(
     value,
     k_basis,
     v_basis,
+    bias,
     strides,
     query_start,
     lengths,
@@ -126,6 +136,7 @@ def _archive_kernel(
     HEAD_DIM: tl.constexpr,
     CHUNK: tl.constexpr,
     TILE: tl.constexpr,
+    RUN: tl.constexpr,
     K_CODES: tl.constexpr,
     K_SCALES: tl.constexpr,
     K_BANDS: tl.constexpr,
@@ -163,7 +174,9 @@ def _archive_kernel(
                 value,
                 k_basis,
                 v_basis,
+                bias,
                 strides,
+                position // RUN,
                 source.to(tl.int64),
                 position % RAW_BLOCK,
                 (first_token + position - computed).to(tl.int64),
@@ -191,7 +204,9 @@ def _archive_tile(
     value,
     k_basis,
     v_basis,
+    bias,
     strides,
+    run,
     recent_block,
     recent_token,
     new_token,
@@ -231,6 +246,9 @@ def _archive_tile(
     if tl.program_id(1) % 2 == 0:
         new = key + head * key_head + new_token * key_token
         source = (old, new, is_new, valid)
+        if bias is not None:
+            at_run = (bias[0] + head * HEAD_DIM, bias[1] + run.to(tl.int64) * HEAD_DIM)
+            source = source + (at_run,)  # type: ignore[assignment]
         _encode(
             source, k_basis, head, page, token, HEAD_DIM, CHUNK, TILE, K_CODES, K_SCALES, K_BANDS
         )
@@ -338,6 +356,8 @@ def _components(
         for first in range(0, HEAD_DIM, CHUNK):
             rows = first + tl.arange(0, CHUNK)
             x = _load(source, rows, rows < HEAD_DIM)
+            if len(source) == 5:
+                x -= turned_bias(source[4], rows, HEAD_DIM)
             if source[1].dtype.element_ty != tl.float16:  # which ends below
                 x = tl.clamp(x, -RANGE, RANGE, propagate_nan=tl.PropagateNan.ALL)
             cells = rows[:, None] * HEAD_DIM + (column + columns)[None, :]
@@ -351,7 +371,7 @@ def _components(
 @triton.jit
 def _load(source, columns, mask):
     """Raw columns of a tile in float32, each token from where it is; others are not read."""
-    old, new, is_new, valid = source
+    old, new, is_new, valid = source[0], source[1], source[2], source[3]
     from_old = (valid & ~is_new)[:, None] & mask[None, :]
     from_new = (valid & is_new)[:, None] & mask[None, :]
     x = tl.load(old[:, None] + columns[None, :], mask=from_old, other=0.0).to(tl.float32)

@@ -15,11 +15,12 @@ from vllm_kvpca.pages.step_plan import StepPlan, StepTokens
 
 class Moves(NamedTuple):
     """Tokens that a step archives: (old,) source slots in recent pages, (new,) source rows among
-    the step's new tokens, and (old + new,) destinations."""
+    the step's new tokens, and (old + new,) destinations and positions in their sequences."""
 
     old: torch.Tensor
     new: torch.Tensor
     slots: torch.Tensor
+    positions: torch.Tensor
 
 
 def archive(step: StepPlan, tokens: StepTokens, cache: LayerCache) -> None:
@@ -37,6 +38,7 @@ def archive(step: StepPlan, tokens: StepTokens, cache: LayerCache) -> None:
         torch.cat([old_key, tokens.key[moves.new]]),
         torch.cat([old_value, tokens.value[moves.new]]),
         moves.slots,
+        moves.positions,
         cache.codec,
     )
 
@@ -50,9 +52,10 @@ def moves_of(step: StepPlan) -> Moves:
     slots = table_slots(step.archive_table, sequence, position, plan.archive_block)
     sources = table_slots(step.recent_table, sequence, position, plan.raw_block)
     keep = (slots >= 0) & (is_new | (sources >= 0))
-    new = (step.query_start[sequence] + position - computed[sequence])[is_new & keep]
-    old = sources[~is_new & keep]
-    return Moves(old, new, torch.cat([slots[~is_new & keep], slots[is_new & keep]]))
+    from_old, from_new = ~is_new & keep, is_new & keep
+    new = (step.query_start[sequence] + position - computed[sequence])[from_new]
+    slots, position = (torch.cat([x[from_old], x[from_new]]) for x in (slots, position))
+    return Moves(sources[from_old], new, slots, position)
 
 
 def archive_slots(
@@ -60,6 +63,7 @@ def archive_slots(
     key: torch.Tensor,
     value: torch.Tensor,
     slots: torch.Tensor,
+    positions: torch.Tensor,
     codec: LayerCodec,
 ) -> None:
     """Encode tokens and write them into archive pages.
@@ -68,13 +72,14 @@ def archive_slots(
         pages: (blocks, kv_heads, head_bytes) uint8.
         key, value: (tokens, kv_heads, head_dim) in the model's dtype.
         slots: (tokens,) int64; -1 leaves the cache untouched.
+        positions: (tokens,) in their sequences.
     """
     layout = codec.layout
     keep = slots >= 0
     slots = slots[keep]
     block, offset = slots // layout.block_size, slots % layout.block_size
     for which, x, scales_at in (("k", key, layout.k_scales), ("v", value, layout.v_scales)):
-        codes, scales = codec.encode(x[keep], which)
+        codes, scales = codec.encode(x[keep], which, positions[keep])
         layout.store_codes(pages, which, block, offset, codes)
         if scales_at.width:
             layout.scales(pages, scales_at)[block, :, offset] = scales

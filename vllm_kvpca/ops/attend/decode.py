@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
+from vllm_kvpca.codec.key_bias import RUN
 from vllm_kvpca.ops.attend.chunks import CHUNK_FIELDS, LISTED, SPAN_FIELDS, chunks_kernel
 from vllm_kvpca.ops.attend.merge import merge_kernel
 from vllm_kvpca.ops.attend.pieces import (
@@ -90,7 +91,10 @@ def decode(
     if codec.k_basis is None:
         rotated = query.unflatten(1, (kv_heads, group))
     else:
-        rotated = _rotate(query, codec.k_basis, workspace)
+        tables = codec.k_tables
+        matrix = codec.k_basis if tables is None else tables.query_matrix
+        rotated = _rotate(query, matrix, workspace)
+    angles = None if codec.k_tables is None else codec.k_tables.angles
     scale, soft_cap = softmax
     split, merge = _launches(
         codec.layout, head_dim, step.layer.raw_block, group, batch, kv_heads,
@@ -104,6 +108,7 @@ def decode(
     recent_table, archive_table = step.recent_table, step.archive_table
     split_kernel[(kv_heads, workspace.target + 2 * batch)](
         *(query, rotated, recent_bytes, pages, recent_table, archive_table, step.chunks.chunks),
+        angles,
         *common,
         *(query.stride(0), query.stride(1)),
         *rotated.stride()[:3],
@@ -178,6 +183,7 @@ def launches(
     archive, raw = archive_part(layout), recent_part(head_dim, raw_block)
     check_tiles(archive.block, tuning.archive_tile)
     check_tiles(raw.block, tuning.recent_tile)
+    assert RUN % tuning.archive_tile == 0, "a tile lies in one run"
     shared: dict[str, Any] = {
         "GROUP": group,
         "ROWS": row_count(group),
@@ -197,6 +203,7 @@ def launches(
         "CHUNK_FIELDS": CHUNK_FIELDS,
         "DTYPE": triton_dtype(dtype),
         "INTERPRET": interpreted(),
+        "RUN": RUN,
         "EARLY": has_basis,
     }
     # Few programs: one per query head, so that many read a sequence's many chunks. Many
@@ -237,13 +244,14 @@ def _options(tuning: Tuning) -> dict[str, int]:
 
 
 def _rotate(query: torch.Tensor, basis: torch.Tensor, workspace: DecodeWorkspace) -> torch.Tensor:
-    """(batch, kv_heads, group, head_dim) float32 queries in K's component space."""
+    """(batch, kv_heads, group, made) float32 queries in K's component space, and what else
+    `basis`, (kv_heads, head_dim, made), makes of them."""
     batch, heads, head_dim = query.shape
-    kv_heads = len(basis)
+    kv_heads, _, made = basis.shape
     group = heads // kv_heads
-    rotated = workspace.rotated[:, : batch * group]
+    rotated = workspace.rotated[:, : batch * group, :made]
     rows = 16 if batch * kv_heads <= FEW_MERGES else 64
-    grid = triton.cdiv(batch * group, rows), kv_heads, triton.cdiv(head_dim, ROTATED_COLUMNS)
+    grid = triton.cdiv(batch * group, rows), kv_heads, triton.cdiv(made, ROTATED_COLUMNS)
     overlap = overlaps()
     rotate_kernel[grid](
         *(query, basis, rotated, batch * group),
@@ -253,6 +261,7 @@ def _rotate(query: torch.Tensor, basis: torch.Tensor, workspace: DecodeWorkspace
         ROWS=rows,
         DIM=head_dim,
         WIDTH=triton.next_power_of_2(head_dim),
+        MADE=made,
         COLUMNS=ROTATED_COLUMNS,
         PRECISION="ieee" if interpreted() else "tf32x3",
         OVERLAP=overlap,

@@ -52,8 +52,10 @@ def attend_archive(
     result: Partial | None = None
     for first in range(0, table.shape[1], step):
         tile = _load_archive_tile(pages, table[:, first : first + step], lengths, first, layout)
-        mask = length_mask(lengths, first * layout.block_size, tile.shape[2] * layout.block_size)
-        part = _attend_tile(rotated, tile, mask, codec, softmax)
+        begin, size = first * layout.block_size, tile.shape[2] * layout.block_size
+        mask = length_mask(lengths, begin, size)
+        bias = codec.bias_scores(query, torch.arange(begin, begin + size, device=query.device))
+        part = _attend_tile(rotated, tile, mask, bias, codec, softmax)
         result = part if result is None else merge(result, part)
     assert result is not None, "a batch without archived tokens must not get here"
     return Partial(codec.restore_output(result.out), result.lse)
@@ -63,22 +65,31 @@ def _attend_tile(
     rotated: torch.Tensor,
     tile: torch.Tensor,
     mask: torch.Tensor,
+    bias: torch.Tensor | None,
     codec: LayerCodec,
     softmax: Softmax,
 ) -> Partial:
-    """Attention over one tile (batch, kv_heads, blocks, head_bytes), in component space."""
+    """Attention over one tile (batch, kv_heads, blocks, head_bytes), in component space.
+
+    Args:
+        bias: (batch, kv_heads, rows, tokens), to be added to the products; see bias_scores.
+    """
     layout = codec.layout
     k_codes, v_codes = (layout.codes(tile, which) for which in "kv")
     k_scales, v_scales = (
         layout.scales(tile, region) for region in (layout.k_scales, layout.v_scales)
     )
-    if rotated.shape[2] > FEW_ROWS:
+    if rotated.shape[2] > FEW_ROWS and (bias is None or not softmax.soft_cap):
         key = codec.decode(_by_token(k_codes), k_scales, "k").flatten(2, 3)
         value = codec.decode(_by_token(v_codes), v_scales, "v").flatten(2, 3)
+        if bias is not None:  # without a cap a score's summand may come with the mask
+            mask = mask + bias * softmax.scale
         return partial_attention(rotated, key, value, mask, *softmax)
     products = components.scores(
         rotated * softmax.scale, k_codes, k_scales, layout.k_bands, codec.dtype
     )
+    if bias is not None:
+        products += bias * softmax.scale
     weights = softmax_weights(products, mask, softmax.soft_cap)
     out = components.weighted_sum(weights.out, v_codes, v_scales, layout.v_bands, codec.dtype)
     return Partial(out, weights.lse)

@@ -60,7 +60,8 @@ class DecodeWorkspace:
         sums: (chunks, kv_heads, rows, head_dim) float32, unnormalized sums of one chunk.
         maxima, weights: (chunks, kv_heads, rows) float32, the largest score (base-2 units)
             and the sum of 2^(score - largest).
-        rotated: (kv_heads, max_batch * group, head_dim) float32, queries in K's component space.
+        rotated: (kv_heads, max_batch * group, 2 * head_dim) float32, queries in K's component
+            space, and what bias scores are made of; half as wide where no K has a bias taken out.
         target: chunks per KV head to aim at; a batch has at most target + 2 * batch.
         tuning: how the kernels are launched.
     """
@@ -105,8 +106,11 @@ def make_workspace(
     max_model_len: int,
     device: torch.device,
     tuning: Tuning | None = None,
+    key_bias: bool = False,
 ) -> DecodeWorkspace:
     """Buffers for batches of up to `max_batch` sequences of up to `max_model_len` tokens.
+
+    key_bias: whether K of a layer is archived without its bias.
 
     About (multiprocessors * programs * waves + 2 * max_batch * kv_heads) * rows * head_dim
     floats and the rotated queries: 8 MB on an H100 for 64 sequences of Qwen2.5-7B, 20 MB for 256.
@@ -124,7 +128,7 @@ def make_workspace(
         sums=buffer(chunks, kv_heads, rows, head_dim),
         maxima=buffer(chunks, kv_heads, rows),
         weights=buffer(chunks, kv_heads, rows),
-        rotated=buffer(kv_heads, max_batch * (heads // kv_heads), head_dim),
+        rotated=buffer(kv_heads, max_batch * (heads // kv_heads), head_dim * (1 + key_bias)),
         target=target,
         tuning=tuning,
     )

@@ -16,14 +16,15 @@ def rotate_kernel(
     query, basis, rotated, rows,
     q_stride_b, q_stride_h, r_stride_g, r_stride_row, b_stride_h, b_stride_d, b_stride_c,
     GROUP: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
-    COLUMNS: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
+    MADE: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Grid (ceil(rows / ROWS), kv_heads, ceil(DIM / COLUMNS)).
+    """Grid (ceil(rows / ROWS), kv_heads, ceil(MADE / COLUMNS)).
 
     Args:
         query: (batch, heads, DIM) in the model's dtype.
-        basis: (kv_heads, DIM, DIM) float32, K's, any strides; WIDTH is DIM as a power of two.
-        rotated: (kv_heads, rows, DIM) float32; rows are those of one sequence after the other.
+        basis: (kv_heads, DIM, MADE) float32, K's and what else queries are multiplied with, any
+            strides; WIDTH is DIM as a power of two.
+        rotated: (kv_heads, rows, MADE) float32; rows are those of one sequence after the other.
         rows: batch * GROUP.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -34,10 +35,10 @@ def rotate_kernel(
     q = tl.load(query + q_at[:, None] + d[None, :], (row < rows)[:, None] & (d < DIM)[None, :],
                 other=0.0)  # fmt: skip
     b_at = basis + head * b_stride_h + d[:, None] * b_stride_d + column[None, :] * b_stride_c
-    b = tl.load(b_at, (d < DIM)[:, None] & (column < DIM)[None, :], other=0.0)
+    b = tl.load(b_at, (d < DIM)[:, None] & (column < MADE)[None, :], other=0.0)
     out = tl.dot(q.to(tl.float32), b, input_precision=PRECISION)
     out_at = rotated + head * r_stride_g + row.to(tl.int64)[:, None] * r_stride_row
-    tl.store(out_at + column[None, :], out, (row < rows)[:, None] & (column < DIM)[None, :])
+    tl.store(out_at + column[None, :], out, (row < rows)[:, None] & (column < MADE)[None, :])
     # Queries, basis and buffer have nothing to do with the kernel before this one, but the one
     # after this needs what that one writes.
     wait_for_previous(OVERLAP)

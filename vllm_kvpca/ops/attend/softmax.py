@@ -59,13 +59,14 @@ def partial_attention(
         query: (batch, heads, rows, dim) float32.
         key: (batch, heads, length, dim) float32.
         value: (batch, heads, length, width) float32.
-        mask: added to the scores, broadcastable to (batch, heads, rows, length): 0 or MASKED.
+        mask: added to the scores, broadcastable to (batch, heads, rows, length): 0 or MASKED, or
+            what else belongs to a score.
         scale: factor on the scores.
         soft_cap: scores become soft_cap * tanh(score / soft_cap), as Gemma 2 wants.
     """
     if _fused(query, key, value, soft_cap):
         if mask is not None:
-            mask = mask.expand(query.shape[0], 1, query.shape[2], key.shape[2])
+            mask = mask.expand(query.shape[0], mask.shape[1], query.shape[2], key.shape[2])
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, attn_mask=mask, scale=scale
         )

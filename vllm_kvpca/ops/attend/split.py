@@ -12,6 +12,10 @@ Both products take codes as int8: scores sum over a token's components, which li
 outputs over tokens, of which 8 lie together (products). Weights are quantized relative to
 the largest weight of their tile, so that small tiles lose nothing to large ones.
 
+Where K is archived without its bias (codec.key_bias), a row of queries is DIM components, then DIM
+numbers that make, with the angles of a run of RUN tokens, what the bias adds to all scores of that
+run. A tile lies in one run.
+
 A token of a recent page is one row, K then V, in the model's dtype, and both products are.
 
 A tile of tokens may reach into a second block, never a third: `page` and `token` of the functions
@@ -52,6 +56,14 @@ def _query_rows(query, stride, column, WIDTH, PADDED: tl.constexpr, GROUP: tl.co
     mask = (row < GROUP)[:, None] & (j < WIDTH)[None, :]
     at = row[:, None] * stride + column + j[None, :]
     return tl.load(query + at, mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _bias_scores(turning, angles, t, RUN: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """(ROWS,) products of queries with the bias at the run of token t; turning is (ROWS, WIDTH)."""
+    j = tl.arange(0, WIDTH)
+    of_run = tl.load(angles + (t // RUN).to(tl.int64) * DIM + j, j < DIM, other=0.0)
+    return tl.sum(turning * of_run[None, :], 1)
 
 
 @triton.jit
@@ -230,13 +242,15 @@ def _no_sums(BITS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr):
 @triton.jit
 def _attend(
     query, q_stride, cache, block_stride, table, first, last, begin, end, score_scale, soft_cap,
-    sums_ptr, maxima_ptr, weights_ptr,
+    sums_ptr, maxima_ptr, weights_ptr, angles,
     AT: tl.constexpr, K: tl.constexpr, V: tl.constexpr, TILE: tl.constexpr,
     PERMUTED: tl.constexpr, DTYPE: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
-    DIM: tl.constexpr, HAS_CAP: tl.constexpr, INTERPRET: tl.constexpr, LATE: tl.constexpr,
+    DIM: tl.constexpr, HAS_CAP: tl.constexpr, INTERPRET: tl.constexpr, RUN: tl.constexpr,
+    LATE: tl.constexpr,
 ):  # fmt: skip
     """Attention over the tokens of [begin, end) in tiles [first, last), into the workspace.
 
+    angles: of the bias that was taken out of K, see BiasTables; None if none was.
     LATE: let the merge be launched after the last tile.
     """
     q = _prepare(query, q_stride, score_scale, K, DTYPE, GROUP, ROWS)
@@ -247,6 +261,10 @@ def _attend(
     weight = tl.zeros((ROWS,), tl.float32)
     n = permuted_tokens(TILE) if PERMUTED else tl.arange(0, TILE)
     first_together = tl.arange(0, TILE) // AT[9] * AT[9]
+    if angles is not None:
+        TURNING: tl.constexpr = triton.next_power_of_2(DIM)
+        turning = _query_rows(query, q_stride, DIM, DIM, TURNING, GROUP, ROWS) * score_scale
+        bias = _bias_scores(turning, angles, first * TILE, RUN, DIM, TURNING)
     for i in range(first, last):
         t = i * TILE
         valid = t + n < end
@@ -255,6 +273,10 @@ def _attend(
         page, token = _locate(cache, block_stride, table, t, n, end, AT[0], TILE)
         v_page, v_token = _locate(cache, block_stride, table, t, first_together, end, AT[0], TILE)
         s = _scores(q, page, token, valid, AT, K, DTYPE, ROWS, INTERPRET)
+        if angles is not None:
+            if t % RUN == 0:
+                bias = _bias_scores(turning, angles, t, RUN, DIM, TURNING)
+            s += bias[:, None]
         s = capped(s, soft_cap, HAS_CAP)
         s = tl.where(valid[None, :], s, float("-inf"))
         new_top = tl.maximum(top, tl.max(s, 1))
@@ -277,7 +299,7 @@ def _attend(
 
 @triton.jit(do_not_specialize=["rt_stride", "at_stride"])
 def split_kernel(
-    query, rotated, recent, pages, recent_table, archive_table, chunks,
+    query, rotated, recent, pages, recent_table, archive_table, chunks, angles,
     sums_ptr, maxima_ptr, weights_ptr, score_scale, soft_cap,
     q_stride_b, q_stride_h, a_stride_b, a_stride_g, a_stride_h,
     r_stride_b, r_stride_h, p_stride_b, p_stride_h, rt_stride, at_stride,
@@ -285,12 +307,13 @@ def split_kernel(
     A_PERMUTED: tl.constexpr, R_AT: tl.constexpr, R_K: tl.constexpr, R_V: tl.constexpr,
     R_TILE: tl.constexpr, CHUNK_FIELDS: tl.constexpr, DTYPE: tl.constexpr,
     GROUP: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, HAS_CAP: tl.constexpr,
-    INTERPRET: tl.constexpr, OVERLAP: tl.constexpr, EARLY: tl.constexpr,
+    INTERPRET: tl.constexpr, RUN: tl.constexpr, OVERLAP: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Grid (kv_heads, capacity of `chunks`). Programs of empty chunks return at once.
 
     Args:
         query: (batch, heads, DIM); rotated: the same for archived K, other strides.
+        angles: see `_attend`.
         recent, pages: bytes; strides in bytes. Tables: int32, their rows' strides.
         chunks: see chunks. score_scale: softmax scale, times log2(e) without cap.
         A_*, R_*: `Part` of the archive and of the recent pages, and tokens at a time.
@@ -317,14 +340,14 @@ def split_kernel(
             rotated + row * a_stride_b + head.to(tl.int64) * a_stride_g, a_stride_h,
             pages + head.to(tl.int64) * p_stride_h, p_stride_b, archive_table + row * at_stride,
             first, last, begin, end, score_scale, soft_cap, sums_ptr, maxima_ptr, weights_ptr,
-            A_AT, A_K, A_V, A_TILE, A_PERMUTED, DTYPE, GROUP, ROWS, DIM, HAS_CAP, INTERPRET,
-            OVERLAP and not EARLY,
+            angles, A_AT, A_K, A_V, A_TILE, A_PERMUTED, DTYPE, GROUP, ROWS, DIM, HAS_CAP, INTERPRET,
+            RUN, OVERLAP and not EARLY,
         )  # fmt: skip
     else:
         _attend(
             query + row * q_stride_b + head.to(tl.int64) * GROUP * q_stride_h, q_stride_h,
             recent + head.to(tl.int64) * r_stride_h, r_stride_b, recent_table + row * rt_stride,
             first, last, begin, end, score_scale, soft_cap, sums_ptr, maxima_ptr, weights_ptr,
-            R_AT, R_K, R_V, R_TILE, False, DTYPE, GROUP, ROWS, DIM, HAS_CAP, INTERPRET,
-            OVERLAP and not EARLY,
+            None, R_AT, R_K, R_V, R_TILE, False, DTYPE, GROUP, ROWS, DIM, HAS_CAP, INTERPRET,
+            RUN, OVERLAP and not EARLY,
         )  # fmt: skip

@@ -11,7 +11,14 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_kvpca.ops.band_table import check_last_dim, checked_basis, code_rows, layout_constants
+from vllm_kvpca.codec.key_bias import RUN
+from vllm_kvpca.ops.band_table import (
+    check_last_dim,
+    checked_basis,
+    code_rows,
+    layout_constants,
+    turned_bias,
+)
 from vllm_kvpca.ops.layer_cache import LayerCache
 from vllm_kvpca.ops.narrow import narrow
 from vllm_kvpca.pages.step_plan import PrefillGroup, StepPlan, StepTokens
@@ -49,6 +56,7 @@ def expand(
         pages,
         checked_basis(codec.k_basis),
         checked_basis(codec.v_basis),
+        None if codec.k_tables is None else (codec.k_tables.slow, codec.k_tables.angles),
         starts,
         archive_table,
         offsets,
@@ -59,6 +67,7 @@ def expand(
         WIDTH=width,
         CHUNK=min(32, BASIS_CELLS // width),
         TILE=ARCHIVE_TILE,
+        RUN=RUN,
         num_warps=4 if head_dim <= 128 else 8,
         num_stages=2,
         **layout_constants(codec.layout),
@@ -89,6 +98,7 @@ def _expand_archive_kernel(
     pages,
     k_basis,
     v_basis,
+    bias,
     starts,
     table,
     offsets,
@@ -102,6 +112,7 @@ def _expand_archive_kernel(
     WIDTH: tl.constexpr,
     CHUNK: tl.constexpr,
     TILE: tl.constexpr,
+    RUN: tl.constexpr,
     K_CODES: tl.constexpr,
     K_SCALES: tl.constexpr,
     K_BANDS: tl.constexpr,
@@ -118,6 +129,8 @@ def _expand_archive_kernel(
 
     and of one token's codes, band after band: 16 bits as they are, 8 bits one byte each, 4
     bits: byte j holds component j (low nibble) and j + width/2 (high nibble), signed.
+
+    bias: BiasTables' (slow, angles), given back to K; None: none was taken out.
     """
     sequence = tl.program_id(2).to(tl.int64)
     head = (tl.program_id(1) // 2).to(tl.int64)
@@ -139,7 +152,12 @@ def _expand_archive_kernel(
                 _expand(source, out, K_CODES, K_BANDS)
             else:
                 basis = k_basis + head * HEAD_DIM * HEAD_DIM
-                _rotate(source, out, basis, HEAD_DIM, WIDTH, CHUNK, TILE, K_CODES, K_BANDS)
+                if bias is None:
+                    given = None
+                else:
+                    angles = bias[1] + (position // RUN).to(tl.int64) * HEAD_DIM
+                    given = (bias[0] + head * HEAD_DIM, angles)
+                _rotate(source, out, basis, given, HEAD_DIM, WIDTH, CHUNK, TILE, K_CODES, K_BANDS)
         else:
             out = out_v + target * out_strides[2] + head * out_strides[3]
             scales = (page + V_SCALES[0] + token * V_SCALES[1]).to(tl.pointer_type(tl.bfloat16))
@@ -148,7 +166,7 @@ def _expand_archive_kernel(
                 _expand(source, out, V_CODES, V_BANDS)
             else:
                 basis = v_basis + head * HEAD_DIM * HEAD_DIM
-                _rotate(source, out, basis, HEAD_DIM, WIDTH, CHUNK, TILE, V_CODES, V_BANDS)
+                _rotate(source, out, basis, None, HEAD_DIM, WIDTH, CHUNK, TILE, V_CODES, V_BANDS)
 
 
 @triton.jit
@@ -214,6 +232,7 @@ def _rotate(
     source,
     out,
     basis,
+    bias,
     HEAD_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -221,7 +240,8 @@ def _rotate(
     CODES: tl.constexpr,
     BANDS: tl.constexpr,
 ):
-    """Dequantize a tile and multiply it by B^T: head vectors, rounded once to out's dtype."""
+    """Dequantize a tile and multiply it by B^T, perhaps add what `turned_bias` gives: head vectors,
+    rounded once to out's dtype."""
     acc = tl.zeros((TILE, WIDTH), tl.float32)
     for i in tl.static_range(len(BANDS)):
         if BANDS[i][0] > 0:
@@ -232,6 +252,8 @@ def _rotate(
                 scale = tl.load(source[3] + BANDS[i][4], mask=source[2], other=0.0)
                 part *= scale.to(tl.float32)[:, None]
             acc += part
+    if bias is not None:
+        acc += turned_bias(bias, tl.arange(0, WIDTH), HEAD_DIM)
     column = tl.arange(0, WIDTH)[None, :]
     mask = source[2][:, None] & (column < HEAD_DIM)
     tl.store(out[:, None] + column, narrow(acc, out.dtype.element_ty), mask=mask)

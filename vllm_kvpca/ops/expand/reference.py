@@ -41,7 +41,8 @@ def expand(
     for which, out, scales_at in (("k", out_k, plan.k_scales), ("v", out_v, plan.v_scales)):
         codes = plan.load_codes(cache.pages, which, block, offset)
         scales = plan.scales(cache.pages, scales_at)[block, :, offset]
-        out[rows] = narrow(codec.restore(codec.decode(codes, scales, which), which), out.dtype)
+        components = codec.decode(codes, scales, which)
+        out[rows] = narrow(codec.restore(components, which, position), out.dtype)
 
     sequence, position = ranges(starts, computed)
     rows = offsets[sequence] + position

@@ -83,8 +83,9 @@ def attach_archive(impl: CompressedImpl, vllm_config: Any) -> ArchiveLayer:
         from vllm_kvpca.serving.step.workspace import workspace_for
 
         flash_version(layer.head_size, impl.softmax.soft_cap is not None)
+        key_bias = codec.k_bias is not None
         archive.workspace = workspace_for(
-            context, impl, plan.dtype, torch.device("cuda"), causal_attention
+            context, impl, plan.dtype, torch.device("cuda"), causal_attention, key_bias
         )
     context[name + ARCHIVE_SUFFIX] = archive
     # vLLM splits kinds of layers into groups in this order: archives as their layers.
@@ -145,11 +146,13 @@ def _layer_codec(
     heads = _heads(preset, name, layer, vllm_config)
     index = extract_layer_index(name)
     device = torch.device(current_platform.device_type)
-    bases = {}
-    for which in "kv":
-        basis = preset.basis(which, index, heads, layer.head_size)
-        bases[f"{which}_basis"] = None if basis is None else basis.to(device)
-    return LayerCodec(plan.archive, dtype=plan.dtype, **bases)
+    k, v = (preset.basis(which, index, heads, layer.head_size) for which in "kv")
+    k, v = (basis if basis is None else basis.to(device) for basis in (k, v))
+    bias = preset.key_bias(index, heads)
+    codec = LayerCodec(plan.archive, k, v, plan.dtype, bias and bias.to(device))
+    if device_kind() == "cuda":
+        return codec.with_tables(vllm_config.model_config.max_model_len)
+    return codec
 
 
 def _heads(preset: Preset, name: str, layer: Any, vllm_config: Any) -> list[int]:

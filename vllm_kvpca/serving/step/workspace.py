@@ -20,12 +20,14 @@ def workspace_for(
     dtype: torch.dtype,
     device: torch.device,
     causal_attention: CausalAttention,
+    key_bias: bool,
 ) -> AttendWorkspace:
     """The workspace of a layer: that of an earlier layer of the same shape, or a new one.
 
     Args:
         context: the engine's layers by name (static_forward_context).
         causal_attention: what serves prefill.
+        key_bias: whether K is archived without its bias, in all layers.
     """
     shape = (impl.num_heads, impl.num_kv_heads, impl.head_size)
     for layer in context.values():
@@ -35,7 +37,7 @@ def workspace_for(
     longest = context_tokens(impl.vllm_config)
     key, value = torch.empty(2, longest, *shape[1:], dtype=dtype, device=device)
     return AttendWorkspace(
-        decode=make_workspace(sequences, *shape, longest, device),
+        decode=make_workspace(sequences, *shape, longest, device, key_bias=key_bias),
         key=key,
         value=value,
         causal_attention=causal_attention,
