@@ -48,8 +48,8 @@ def load_bases(name: str, folder: Path, config: PresetConfig) -> dict[str, torch
     size = sum(2 * math.prod(shape) for shape in wanted.values())
     if size > MAX_BYTES[BASIS_FILE]:
         raise PresetInvalid(
-            f"the bases that {CONFIG_FILE} of preset {name!r} declares take {size:,} bytes, and "
-            f"{MAX_BYTES[BASIS_FILE]:,} are the most that a preset has: not a preset."
+            f"the bases that {CONFIG_FILE} of preset {name!r} declares, {size:,} bytes, are larger "
+            f"than {MAX_BYTES[BASIS_FILE]} bytes: not a preset."
         )
     path = file_of(folder, BASIS_FILE)
     if path is None:
@@ -100,7 +100,7 @@ def _check_header_length(path: Path) -> None:
 def _check_header(path: Path, file: safe_open, wanted: dict[str, tuple[int, ...]]) -> None:
     if set(file.keys()) != set(wanted):
         found = sorted(file.keys())[:8]
-        raise PresetInvalid(f"{path} holds {found}, not {list(wanted)}. {_AGAIN}")
+        raise PresetInvalid(f"{path} holds {found}, not the tensors {list(wanted)}. {_AGAIN}")
     for name, shape in wanted.items():
         tensor = file.get_slice(name)
         dtype, have = tensor.get_dtype(), tuple(tensor.get_shape())
