@@ -7,7 +7,8 @@ that stands for the token and all tokens before it. `ShadowMemory` refuses to re
 there any more and to write over what is still there.
 
 A model is a `Mix`: pairs of recent and archive groups, each with block sizes of its own, and
-groups with a sliding window beside them.
+groups of vLLM's own kinds beside them: sliding windows, chunks of local attention, and states of
+Mamba or linear attention. The state after some tokens is the identity of the last of them.
 """
 
 from __future__ import annotations
@@ -16,14 +17,26 @@ import itertools
 import math
 import random
 from collections import Counter, deque
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import torch
 from vllm import SamplingParams
+from vllm.model_executor.layers.mamba.checkpoint import compute_mamba_prefill_checkpoints
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
-from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, SlidingWindowSpec
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import core
+from vllm.v1.kv_cache_interface import (
+    ChunkedLocalAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    KVCacheSpec,
+    MambaSpec,
+    SlidingWindowSpec,
+)
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_kvpca.codec.bands import Band
@@ -77,16 +90,52 @@ class Mix:
     Attributes:
         pairs: block sizes of each pair of groups.
         windows: (tokens per block, sliding window) of each group beside them.
+        chunks: (tokens per block, chunk) of each group with chunked local attention.
+        states: tokens per block of each group of states, which are kept at the ends of blocks
+            (vLLM's mode "align").
+        inner: whether a prompt's last step also leaves the state at the end of its last block.
     """
 
     pairs: tuple[BlockSizes, ...]
     windows: tuple[tuple[int, int], ...] = ()
+    chunks: tuple[tuple[int, int], ...] = ()
+    states: tuple[int, ...] = ()
+    inner: bool = False
 
     @property
     def sizes(self) -> list[int]:
         """Tokens per block of every group, in the order of the groups."""
         sizes = [size for plan in self.pairs for size in (plan.raw_block, plan.archive_block)]
-        return sizes + [block for block, _ in self.windows]
+        return sizes + [block for block, _ in self.windows + self.chunks] + list(self.states)
+
+    @property
+    def slots(self) -> list[int]:
+        """Identities per page of every group: a state is one."""
+        return self.sizes[: len(self.sizes) - len(self.states)] + [1] * len(self.states)
+
+    def own_specs(self) -> list[KVCacheSpec]:
+        """Specs of vLLM's own groups."""
+        shape = {"num_kv_heads": 1, "head_size": HEAD_SIZE, "dtype": torch.bfloat16}
+        windows = [
+            SlidingWindowSpec(block_size=block, sliding_window=window, **shape)
+            for block, window in self.windows
+        ]
+        chunks = [
+            ChunkedLocalAttentionSpec(block_size=block, attention_chunk_size=chunk, **shape)
+            for block, chunk in self.chunks
+        ]
+        states = [
+            MambaSpec(
+                block_size=block,
+                shapes=((HEAD_SIZE,),),
+                dtypes=(torch.bfloat16,),
+                mamba_cache_mode="align",
+                num_prefill_checkpoint_blocks=int(self.inner),
+                prefill_checkpoint_alignment=1 if self.inner else None,
+            )
+            for block in self.states
+        ]
+        return [*windows, *chunks, *states]
 
     @property
     def hash_block(self) -> int:
@@ -97,9 +146,13 @@ def make_manager(
     specs: list[tuple[RecentSpec, ArchiveSpec]],
     blocks: int,
     caching: bool = True,
-    windows: tuple[tuple[int, int], ...] = (),
+    own: Iterable[KVCacheSpec] = (),
 ) -> KVCacheManager:
-    """vLLM's manager over a pool of `blocks` pages, the null block included."""
+    """vLLM's manager over a pool of `blocks` pages, the null block included.
+
+    Args:
+        own: specs of vLLM's own groups.
+    """
     register()
     init_none_hash(sha256)
     groups = []
@@ -107,15 +160,7 @@ def make_manager(
         name = f"layer.{number}"
         groups.append(KVCacheGroupSpec([name], recent))
         groups.append(KVCacheGroupSpec([name + ARCHIVE_SUFFIX], archive))
-    for number, (block, window) in enumerate(windows):
-        spec = SlidingWindowSpec(
-            block_size=block,
-            num_kv_heads=1,
-            head_size=HEAD_SIZE,
-            dtype=torch.bfloat16,
-            sliding_window=window,
-        )
-        groups.append(KVCacheGroupSpec([f"window.{number}"], spec))
+    groups += [KVCacheGroupSpec([f"own.{number}"], spec) for number, spec in enumerate(own)]
     sizes = [group.kv_cache_spec.block_size for group in groups]
     return KVCacheManager(
         KVCacheConfig(blocks, [], groups),
@@ -167,6 +212,12 @@ class ShadowMemory:
             raise ShadowError(f"group {group}: a token is overwritten")
         self.owner[block] = group
         self.content[group][block, offset] = identity
+
+    def keep(self, group: int, blocks: torch.Tensor, identity: torch.Tensor) -> None:
+        """Put states into pages, over earlier ones of the same sequences."""
+        self._locate(group, blocks)
+        self.owner[blocks] = group
+        self.content[group][blocks, 0] = identity
 
     def read(self, group: int, slots: torch.Tensor) -> torch.Tensor:
         """Identities in the given slots, all of which must hold a token."""
@@ -225,10 +276,13 @@ class ScheduledStep:
 class Worker:
     """Runs steps in order against the shadow memory."""
 
-    def __init__(self, memory: ShadowMemory, mix: Mix, plans: list[LayerPlan]) -> None:
+    def __init__(
+        self, memory: ShadowMemory, mix: Mix, plans: list[LayerPlan], hit_step: int
+    ) -> None:
         self.memory = memory
         self.mix = mix
         self.plans = plans
+        self.hit_step = hit_step
         self.archived = 0
 
     def run(self, step: ScheduledStep) -> None:
@@ -239,8 +293,13 @@ class Worker:
         new = torch.cat([p.sequence.identity[p.computed : p.length] for p in step.parts])
         for pair in range(len(self.mix.pairs)):
             self._run_pair(pair, step.parts, new)
-        for number, (_, window) in enumerate(self.mix.windows):
-            self._run_window(2 * len(self.mix.pairs) + number, window, step.parts)
+        groups = itertools.count(2 * len(self.mix.pairs))
+        for _, window in self.mix.windows:
+            self._run_part(next(groups), lambda n, w=window: max(0, n - w + 1), step.parts)
+        for _, chunk in self.mix.chunks:
+            self._run_part(next(groups), lambda n, c=chunk: n // c * c, step.parts)
+        for block in self.mix.states:
+            self._run_state(next(groups), block, step.parts)
 
     def _run_pair(self, pair: int, parts: list[Part], new: torch.Tensor) -> None:
         """Store, archive and attend as the ops do."""
@@ -254,12 +313,16 @@ class Worker:
         self.archived += len(moves.slots)
         self._attend(recent, archive, buckets(work), parts)
 
-    def _run_window(self, group: int, window: int, parts: list[Part]) -> None:
-        """Store all new tokens and attend to the last ones, as vLLM's own layers do."""
+    def _run_part(self, group: int, first_seen: Callable[[int], int], parts: list[Part]) -> None:
+        """Store all new tokens and attend to the last ones, as vLLM's own layers do.
+
+        Args:
+            first_seen: of a new token's position, the first that it attends to.
+        """
         size = self.memory.content[group].shape[1]
         for part in parts:
             table = torch.tensor(part.tables[group])
-            first = max(0, part.computed - window + 1)
+            first = first_seen(part.computed)
             position = torch.arange(first, part.length)
             slots = table[position // size] * size + position % size
             seen = part.computed - first
@@ -267,6 +330,29 @@ class Worker:
             if not torch.equal(self.memory.read(group, slots[:seen]), identity[first:][:seen]):
                 raise ShadowError(f"{part.sequence.request.request_id} sees other tokens")
             self.memory.write(group, slots[seen:], identity[part.computed : part.length])
+
+    def _run_state(self, group: int, size: int, parts: list[Part]) -> None:
+        """Go on from the state in the last block's page, as vLLM's Mamba layers do."""
+        inner = compute_mamba_prefill_checkpoints(
+            [part.length for part in parts],
+            [part.new for part in parts],
+            hash_block_size=self.mix.hash_block,
+            mamba_block_size=size,
+            checkpoint_alignment=1 if self.mix.inner else None,
+            drop_eagle_block=False,
+            cache_hit_alignment_tokens=self.hit_step,
+        )
+        for part, offset, column in zip(parts, *inner, strict=True):
+            table, identity = torch.tensor(part.tables[group]), part.sequence.identity
+            ends = [part.length] + [part.computed + offset] * (column >= 0)
+            if part.computed:
+                before = self.memory.read(group, table[[(part.computed - 1) // size]])
+                if before != identity[part.computed - 1]:
+                    raise ShadowError(
+                        f"{part.sequence.request.request_id} goes on from another state"
+                    )
+            rows = [(part.length - 1) // size] + [column] * (column >= 0)
+            self.memory.keep(group, table[rows], identity[[end - 1 for end in ends]])
 
     def _plan(self, pair: int, parts: list[Part]) -> StepPlan:
         return make_step(
@@ -341,13 +427,14 @@ class Engine:
         self.reserve = reserve
         specs = [make_specs(plan, compress_after, keep_recent, lag + 1) for plan in mix.pairs]
         self.policies = [recent.policy for recent, _ in specs]
-        self.manager = make_manager(specs, blocks, caching, mix.windows)
+        self.manager = make_manager(specs, blocks, caching, mix.own_specs())
         self.managers = self.manager.coordinator.single_type_managers
         self.recents = self.managers[: 2 * len(mix.pairs) : 2]
         self.archives = self.managers[1 : 2 * len(mix.pairs) : 2]
         self.pool = self.manager.block_pool
         plans = [recent.plan for recent, _ in specs]
-        self.worker = Worker(ShadowMemory(blocks, mix.sizes), mix, plans)
+        self._as_vllm_scheduler = self._scheduler_settings()
+        self.worker = Worker(ShadowMemory(blocks, mix.slots), mix, plans, self._hit_step())
         self.lag = lag
         self.running: list[Sequence] = []
         self.waiting: deque[Sequence] = deque()
@@ -367,6 +454,37 @@ class Engine:
 
         self.pool.get_new_blocks = record
 
+    def _hit_step(self) -> int:
+        """What vLLM tells its workers."""
+        config = SimpleNamespace(
+            cache_config=SimpleNamespace(enable_prefix_caching=self.manager.enable_caching),
+            parallel_config=SimpleNamespace(decode_context_parallel_size=1),
+        )
+        sizes = math.lcm(*self.mix.sizes), self.mix.hash_block
+        return core.resolve_cache_hit_alignment_tokens(self.manager.kv_cache_config, config, *sizes)
+
+    def _scheduler_settings(self) -> SimpleNamespace:
+        """What vLLM's scheduler looks at where a step has to end for the sake of states."""
+        return SimpleNamespace(
+            cache_config=SimpleNamespace(block_size=max(self.mix.states, default=1)),
+            scheduler_config=SimpleNamespace(long_prefill_token_threshold=0),
+            block_size=math.lcm(*self.mix.sizes),
+            hash_block_size=self.mix.hash_block,
+            max_num_scheduled_tokens=BUDGET,
+            mamba_partial_cache_hit=self.manager.coordinator.enable_partial_hash_hits,
+            mamba_has_prefill_checkpoint_blocks=self.mix.inner,
+            mamba_prefill_checkpoint_alignment=1 if self.mix.inner else None,
+            mamba_shared_prefix_checkpoint=False,
+            use_eagle_block_drop=False,
+            num_hash_lookahead_tokens=0,
+        )
+
+    def _split(self, request: Request, new: int, computed: int = 0) -> int:
+        """Of `new` tokens, those up to where a state has to be kept."""
+        if not self.mix.states:
+            return new
+        return Scheduler._mamba_block_aligned_split(self._as_vllm_scheduler, request, new, computed)
+
     def submit(self, tokens: list[int], prompt: int) -> Sequence:
         """Queue a request; it ends when all of `tokens` are known."""
         target = len(tokens)
@@ -384,9 +502,12 @@ class Engine:
     def step(self) -> None:
         """Schedule a step, run those that are due, check the managers' books."""
         step, budget, preempted = ScheduledStep(), BUDGET, False
+        self.manager.new_step_starts()
         for sequence in list(self.running):
             if sequence in self.running and budget and sequence.pending:
-                new = min(budget, sequence.pending)
+                new = self._split(sequence.request, min(budget, sequence.pending))
+                if not new:
+                    continue
                 fits, victims = self._allocate(sequence, new)
                 preempted = preempted or victims
                 if fits:
@@ -431,8 +552,10 @@ class Engine:
         request = sequence.request
         if request.num_in_flight_tokens:  # resumed once its last output has arrived
             return False
-        hits, length, _ = self.manager.get_computed_blocks(request)
-        new = min(budget, request.num_tokens - length)
+        hits, length, request.shared_prefix_boundary = self.manager.get_computed_blocks(request)
+        new = self._split(request, min(budget, request.num_tokens - length), length)
+        if not new:
+            return False
         blocks = self.manager.allocate_slots(
             request, new, length, hits, full_sequence_must_fit=self.reserve
         )
@@ -551,9 +674,9 @@ def pool_for(mix: Mix, thresholds: tuple[int, int], longest: int, batches: int) 
     blocks = 1
     for plan in mix.pairs:
         blocks += peak_blocks(plan, Policy(*thresholds, plan.align), longest, batches)
-    for block, window in mix.windows:
+    for block, window in mix.windows + mix.chunks:
         blocks += -(-min(window + batches * BUDGET, longest) // block) + 1
-    return blocks
+    return blocks + len(mix.states) * (2 + mix.inner)
 
 
 def random_traffic(engine: Engine, rng: random.Random, steps: int, longest: int) -> None:

@@ -7,6 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from transformers import LlamaConfig
+from vllm.model_executor.layers.attention import ChunkedLocalAttention
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.kv_cache_interface import KVCacheGroupSpec, MambaSpec
 
 from vllm_kvpca.errors import PresetMismatch, UnsupportedError
@@ -100,6 +102,58 @@ def test_shapes_that_do_not_divide_are_said_to_cost_memory(caplog):
     ]
 
 
+def test_chunks_of_local_attention_hold_whole_blocks():
+    """vLLM gives chunked layers blocks as large as ours and refuses to run if a chunk ends inside
+    one."""
+    chunked = ChunkedLocalAttention.__new__(ChunkedLocalAttention)
+    torch.nn.Module.__init__(chunked)
+    chunked.attention_chunk_size, chunked.impl = 8192, None
+    ours, preset = layer(8, 128), load_preset("k8v8")
+    options = CompressionOptions(preset="k8v8", compress_after=256, keep_recent=128)
+    free, fitting = (
+        attach.block_sizes(engine(ours, other), options, preset, ours).raw_block
+        for other in (OtherLayer(), chunked)
+    )
+    assert 8192 % free, "any choice would do"
+    assert 8192 % fitting == 0
+
+
+class PlainAttention(torch.nn.Module):
+    """What of vLLM's Attention is looked at."""
+
+    num_heads, num_kv_heads, head_size, head_size_v = 6, 3, 64, 64
+    kv_cache_torch_dtype = torch.bfloat16
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.impl = CompressedImpl()
+
+
+class OtherLayer(AttentionLayerBase):
+    get_attn_backend = get_kv_cache_spec = None
+
+
+@pytest.mark.parametrize("final", [128, 528])
+def test_blocks_are_chosen_by_vllm_s_final_block_size(monkeypatch, final):
+    """It is known once all layers are loaded: what the platform prefers, and beside Mamba layers
+    the number of tokens whose page holds a state. Pages that do not divide it would be padded."""
+    monkeypatch.setattr(attach, "Attention", PlainAttention)
+    monkeypatch.setattr(attach, "check_weights", lambda *args: None)
+    monkeypatch.setattr(attach, "model_digest", lambda config: "")
+    config, ours = engine(), PlainAttention()
+    config.additional_config = {"kv_compression": {"preset": "k8v4"}}
+    config.max_concurrent_batches = 2
+    context = config.compilation_config.static_forward_context
+    context |= {"model.layers.0.attn": ours, "model.layers.1.attn": OtherLayer()}
+    archive = attach.attach_archive(ours.impl, config)
+    config.cache_config.block_size = final
+    recent, archived = ours.get_kv_cache_spec(config), archive.get_kv_cache_spec(config)
+    assert recent.block_size == final
+    assert recent.page_size_bytes == archived.page_size_bytes
+    content = archived.plan.archive.head_bytes / archived.plan.head_page_bytes
+    assert content > 0.97
+
+
 def test_a_model_s_digest_is_the_same_whoever_reads_it():
     first, second = LlamaConfig(num_hidden_layers=3), LlamaConfig(num_hidden_layers=3)
     second.transformers_version, second._name_or_path = "4.0.0", "/another/copy"
@@ -177,12 +231,14 @@ def test_layers_of_a_shape_share_an_engine_s_workspace():
             impl.num_heads, impl.num_kv_heads, impl.head_size = heads, 1, 8
             impl.vllm_config = config
             archive = ArchiveLayer(
-                spec,
+                lambda: spec,
                 LayerCodec(spec.plan.archive, None, None, torch.bfloat16),
-                heads,
+                (heads, 1, 8),
                 ArchiveTimer(),
             )
-            archive.workspace = workspace_for(context, impl, torch.bfloat16, cpu, print)
+            archive.workspace = workspace_for(
+                context, impl, torch.bfloat16, cpu, print, key_bias=False
+            )
             context[name] = archive
         engines.append([layer.workspace for layer in context.values()])
     for a, b, c in engines:

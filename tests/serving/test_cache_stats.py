@@ -188,7 +188,7 @@ def archive_layer(context) -> ArchiveLayer:
     """A layer as attach_archive adds it to an engine's layers."""
     _, spec = make_specs(BlockSizes(32, 80), 256, 128)
     codec = LayerCodec(spec.plan.archive, None, torch.eye(8)[None], torch.bfloat16)
-    layer = ArchiveLayer(spec, codec, 1, timer_of(context))
+    layer = ArchiveLayer(lambda: spec, codec, (1, 1, 8), timer_of(context))
     context[f"layer.{len(context)}"] = layer
     return layer
 
@@ -209,7 +209,7 @@ def test_bases_are_buffers_that_no_checkpoint_has():
     held = dict(layer.named_buffers())
     assert held["v_basis"] is layer.codec.v_basis
     assert not layer.state_dict()
-    layer.settle(layer.spec.plan.scaled(2))
+    layer.settle(layer.get_kv_cache_spec(None).plan.scaled(2))
     assert layer.codec.layout.block_size == 160
     assert layer.codec.v_basis is held["v_basis"]
 

@@ -16,11 +16,11 @@ from vllm_kvpca.pages.block_sizes import BlockSizes, decoding_blocks
 from vllm_kvpca.pages.boundary import Policy
 from vllm_kvpca.serving.cache.managers import ArchiveManager, RecentManager
 
-from .shadow import Engine, Mix, pool_for, random_traffic
+from .shadow import BUDGET, Engine, Mix, ShadowError, pool_for, random_traffic
 
 
-def mix(*pairs: tuple[int, int], windows: tuple[tuple[int, int], ...] = ()) -> Mix:
-    return Mix(tuple(BlockSizes(*sizes) for sizes in pairs), windows)
+def mix(*pairs: tuple[int, int], **own) -> Mix:
+    return Mix(tuple(BlockSizes(*sizes) for sizes in pairs), **own)
 
 
 MIXES = {
@@ -35,6 +35,9 @@ MIXES = {
     "pages twice as large": mix((32, 80), (64, 160)),
     "a window": mix((32, 80), windows=((32, 100),)),
     "two pairs, two windows": mix((48, 88), (48, 88), windows=((16, 40), (16, 40))),
+    "chunks": mix((32, 80), chunks=((32, 96),)),
+    "states": mix((32, 80), states=(32,)),
+    "two pairs, inner states": mix((48, 88), (48, 88), states=(48, 48), inner=True),
 }
 THRESHOLDS = [(256, 128), (0, 0), (300, 0), (512, 512)]
 CELLS = [
@@ -132,7 +135,13 @@ def ask(engine: Engine, prompts: list[list[int]]) -> list[int]:
 
 def step_of(mix: Mix) -> int:
     """Tokens that a hit may fall short of what vLLM would find with blocks of one token."""
-    return math.lcm(*(plan.raw_block for plan in mix.pairs), *(block for block, _ in mix.windows))
+    return math.lcm(*(plan.raw_block for plan in mix.pairs), *mix.sizes[2 * len(mix.pairs) :])
+
+
+def shared_step_of(mix: Mix) -> int:
+    """The same for what two prompts share: states are kept only where a prompt's steps end."""
+    steps = [BUDGET // size * size for size in mix.states]
+    return math.lcm(step_of(mix), *steps)
 
 
 @pytest.mark.parametrize("name", MIXES)
@@ -178,7 +187,7 @@ def test_a_short_request_shares_the_prefix_of_a_long_one(name):
     ask(engine, [long])
     for shared in (60, 200, 333, 500, 700, 1100, 1900):
         (found,) = ask(engine, [long[:shared] + [7, 7]])
-        assert shared - found < step_of(mix), (shared, found)
+        assert shared - found < shared_step_of(mix), (shared, found)
     engine.shut_down()
 
 
@@ -195,13 +204,16 @@ def test_where_raw_blocks_were_taken_whole_archive_blocks_are_found(name):
         blocks = [b for b in engine.pool.blocks if b.block_hash and b.block_hash.endswith(own)]
         assert blocks and cached
         engine.pool.evict_blocks({block.block_id for block in blocks})
-    whole = math.lcm(*(plan.archive_block for plan in mix.pairs), *(b for b, _ in mix.windows))
+    own = math.lcm(*(size for size, _ in mix.windows + mix.chunks))
+    whole = math.lcm(*(plan.archive_block for plan in mix.pairs), own)
+    if mix.states:
+        whole = math.lcm(whole, shared_step_of(mix))
     for shared in (350, 500, 700, 1100):
         (found,) = ask(engine, [long[:shared] + [7, 7] + [shared] * 300])
         assert found >= shared // whole * whole - (max(512, 256 + whole) if mix.windows else 0)
     for shared in (350, 500, 700, 1100):  # what those have cached is right, too
         ask(engine, [long[:shared] + [7, 7] + [shared] * 700])
-    if len(set(mix.sizes)) > 1 and not mix.windows and len(mix.pairs) == 1:
+    if "+" in name and len(set(mix.sizes)) > 1:
         assert engine.counts["inner_hits"] > 0
     engine.shut_down()
 
@@ -294,3 +306,14 @@ def test_allocating_at_a_wrong_boundary_is_caught(monkeypatch, manager, method, 
     shift_boundary(monkeypatch, manager, method, steps)
     with pytest.raises(AssertionError, match=message):
         run("32+80", (256, 128), lag=1)
+
+
+def test_workers_that_keep_states_elsewhere_are_caught():
+    """A prompt's last step leaves a state at the last multiple of the step of hits."""
+    mix = MIXES["two pairs, inner states"]
+    engine = Engine(mix, 256, 128, lag=1, blocks=900)
+    assert engine.worker.hit_step == 48
+    engine.worker.hit_step = math.lcm(*mix.sizes)
+    prompt = list(range(1, 621))
+    with pytest.raises(ShadowError, match="goes on from another state"):
+        ask(engine, [prompt, prompt])

@@ -22,7 +22,7 @@ from vllm_kvpca.serving.cache.pairs import ARCHIVE_SUFFIX
 from vllm_kvpca.serving.cache.specs import ArchiveSpec, RecentSpec
 from vllm_kvpca.serving.register import register
 from vllm_kvpca.serving.settings.options import CompressionOptions
-from vllm_kvpca.serving.step.attach import layer_plan
+from vllm_kvpca.serving.step.attach import make_specs
 
 LAYERS, KV_HEADS, HEAD_DIM = 30, 3, 64
 MEMORY = 45_000_000
@@ -57,14 +57,11 @@ def specs_of(config: VllmConfig, full: int, sliding: int) -> dict:
     shape = {"num_kv_heads": KV_HEADS, "head_size": HEAD_DIM}
     layer = SimpleNamespace(kv_cache_torch_dtype=torch.bfloat16, **shape)
     options = CompressionOptions.of(config)
-    plan = layer_plan(config, options, Preset("k8v4", FORMATS["k8v4"]), layer)
-    shape |= {"dtype": torch.bfloat16}
-    batches = config.max_concurrent_batches
-    recent = RecentSpec(block_size=plan.raw_block, planned=plan, batches=batches, **shape)
-    archive = ArchiveSpec(block_size=plan.archive_block, planned=plan, **shape)
+    preset = Preset("k8v4", FORMATS["k8v4"])
+    recent, archive = make_specs(config, options, preset, layer)
     specs = {f"layers.{i}": recent for i in range(full)}
     specs |= {f"layers.{i}{ARCHIVE_SUFFIX}": archive for i in range(full)}
-    window = SlidingWindowSpec(block_size=16, sliding_window=100, **shape)
+    window = SlidingWindowSpec(block_size=16, sliding_window=100, dtype=torch.bfloat16, **shape)
     return specs | {f"layers.{full + i}": window for i in range(sliding)}
 
 

@@ -33,6 +33,19 @@ def _searches_pairs(
     return False
 
 
+def _resolve_cache_hit_alignment_tokens(original: Any) -> Any:
+    def wrapper(kv_cache_config: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
+        if not _searches_pairs(
+            kv_cache_config, enable_caching=vllm_config.cache_config.enable_prefix_caching
+        ):
+            return original(kv_cache_config, vllm_config, *args, **kwargs)
+        from vllm_kvpca.serving.cache.coordinator import hit_step
+
+        return hit_step(kv_cache_config.kv_cache_groups)
+
+    return wrapper
+
+
 def _get_kv_cache_configs(original: Any) -> Any:
     def wrapper(vllm_config: Any, kv_cache_specs: Any, *args: Any, **kwargs: Any) -> Any:
         if not asks_for_compression(vllm_config):
@@ -54,7 +67,8 @@ PREFIX_HITS = Patch(
     "the least common multiple of all block sizes; a prefix that is partly archived and partly "
     "raw can only be found in both groups together, and in finer steps.",
     how="`get_kv_cache_coordinator` answers `serving.cache.coordinator.PairCoordinator` for a "
-    "model with archives.",
+    "model with archives; workers, which keep Mamba's states where hits may end, are told the "
+    "same step (`resolve_cache_hit_alignment_tokens`).",
     waits_for="managers that can be asked for several groups together",
     fails="The engine ends while it starts: the managers refuse to search alone.",
     changes=(
@@ -62,6 +76,11 @@ PREFIX_HITS = Patch(
             "vllm.v1.core.kv_cache_manager:get_kv_cache_coordinator",
             _get_kv_cache_coordinator,
             ("kv_cache_config", "max_model_len"),
+        ),
+        Wrap(
+            "vllm.v1.engine.core:resolve_cache_hit_alignment_tokens",
+            _resolve_cache_hit_alignment_tokens,
+            ("kv_cache_config", "vllm_config"),
         ),
     ),
 )

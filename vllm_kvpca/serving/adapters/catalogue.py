@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from vllm_kvpca.serving.adapters import cache_groups, cpu_platform, engine_config, figures, flags
+from vllm_kvpca.serving.adapters import (
+    cache_groups,
+    chunked_local,
+    cpu_platform,
+    engine_config,
+    figures,
+    flags,
+)
 from vllm_kvpca.serving.adapters.changes import Change, Patch
 from vllm_kvpca.serving.adapters.hooks import HOOKS
 
@@ -10,6 +17,7 @@ PATCHES: tuple[Patch, ...] = (
     flags.PATCH,
     engine_config.PATCH,
     cpu_platform.PATCH,
+    chunked_local.PATCH,
     cache_groups.COVERAGE,
     cache_groups.PREFIX_HITS,
     *figures.PATCHES,

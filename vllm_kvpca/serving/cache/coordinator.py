@@ -15,20 +15,24 @@ from typing import Any
 from vllm.utils.math_utils import round_down
 from vllm.v1.core.kv_cache_coordinator import HybridKVCacheCoordinator, SpecGroup
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
-from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, MambaSpec
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 
 from vllm_kvpca.serving.cache.pairs import find_pairs
 from vllm_kvpca.serving.cache.prefix_hits import PairSearch, agreed
-from vllm_kvpca.serving.cache.specs import ArchiveSpec
-from vllm_kvpca.serving.log import logger
-
-COARSE = 1024
-"""Tokens; hits in larger steps spare few requests anything."""
+from vllm_kvpca.serving.cache.specs import ArchiveSpec, RecentSpec
 
 
 def is_compressed(groups: Sequence[KVCacheGroupSpec]) -> bool:
     """Whether any of a model's cache groups is an archive."""
     return any(isinstance(group.kv_cache_spec, ArchiveSpec) for group in groups)
+
+
+def hit_step(groups: Sequence[KVCacheGroupSpec]) -> int:
+    """Tokens whose multiples are the lengths of hits that vLLM's own groups can give: their blocks
+    are whole there, and Mamba layers have kept a state. Pairs ask for no step."""
+    specs = [group.kv_cache_spec for group in groups]
+    own = (spec for spec in specs if not isinstance(spec, RecentSpec | ArchiveSpec))
+    return math.lcm(*(spec.block_size for spec in own if spec.prefix_cacheable))
 
 
 class PairCoordinator(HybridKVCacheCoordinator):
@@ -42,28 +46,17 @@ class PairCoordinator(HybridKVCacheCoordinator):
         groups = kv_cache_config.kv_cache_groups
         self.pairs = find_pairs(groups)
         paired = {group for pair in self.pairs for group in (pair.recent, pair.archive)}
-        others = [g for index, g in enumerate(groups) if index not in paired]
         self._paired = paired
-        # Mamba's states are kept where vLLM expects hits, in the workers too.
-        self._as_vllm = any(isinstance(g.kv_cache_spec, MambaSpec) for g in others)
-        self._others_step = math.lcm(*(g.kv_cache_spec.block_size for g in others))
-        super().__init__(kv_cache_config, **kwargs)
-        if self._as_vllm and self.enable_caching and self._cache_hit_alignment_tokens > COARSE:
-            logger.warning(
-                "Prefix-cache hits come in steps of %d tokens beside Mamba layers: requests reuse "
-                "little of each other. Serve without --kv-compression-preset if prefixes matter.",
-                self._cache_hit_alignment_tokens,
-            )
+        self._step = hit_step(groups)
+        # Hits within a block need managers that can copy one, in all groups.
+        super().__init__(kv_cache_config, **{**kwargs, "allow_partial_hash_hits": False})
 
     @property
     def _cache_hit_alignment_tokens(self) -> int:
-        """The step of hits where other groups have a say."""
-        return super()._cache_hit_alignment_tokens if self._as_vllm else self._others_step
+        return self._step
 
     def _align_cacheable(self, num_tokens: int) -> int:
-        if self.enable_partial_hash_hits:
-            return num_tokens
-        return round_down(num_tokens, self._cache_hit_alignment_tokens)
+        return round_down(num_tokens, self._step)
 
     def get_num_cacheable_tokens(self, num_computed_tokens: int, kv_cache_group_id: int) -> int:
         """Every whole block of a pair may be part of a later hit."""
@@ -77,8 +70,7 @@ class PairCoordinator(HybridKVCacheCoordinator):
         """The longest prefix that all groups still hold; see the base class."""
         found: dict[int, list[KVCacheBlock]] = {}
         asked = (block_hashes, self.block_pool, max_cache_hit_length)
-        step = self._cache_hit_alignment_tokens
-        searches = [PairSearch(pair, *asked, step) for pair in self.pairs]
+        searches = [PairSearch(pair, *asked, self._step) for pair in self.pairs]
         holders: list[Callable[[int], int]] = [search.longest for search in searches]
         holders += [
             partial(self._ask, group, block_hashes, found)
@@ -110,7 +102,7 @@ class PairCoordinator(HybridKVCacheCoordinator):
             block_pool=manager.block_pool,
             kv_cache_spec=group.spec,
             drop_eagle_block=False,
-            alignment_tokens=self._cache_hit_alignment_tokens,
+            alignment_tokens=self._step,
             dcp_world_size=manager.dcp_world_size,
             pcp_world_size=manager.pcp_world_size,
         )

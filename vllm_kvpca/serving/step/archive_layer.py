@@ -7,6 +7,7 @@ them owns the archive spec.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -71,6 +72,7 @@ class ArchiveLayer(torch.nn.Module, AttentionLayerBase):
 
     Attributes:
         codec: with the layout of the final plan, once `settle` was called.
+        shape: query heads, KV heads on this rank, and head_dim.
         workspace: what the ops attend with; None where they need none.
         timer: of the engine; the first layer's archiving is timed and stands for all.
     """
@@ -78,37 +80,34 @@ class ArchiveLayer(torch.nn.Module, AttentionLayerBase):
     kv_sharing_target_layer_name = None
 
     def __init__(
-        self, spec: ArchiveSpec, codec: LayerCodec, num_heads: int, timer: ArchiveTimer
+        self,
+        spec: Callable[[], ArchiveSpec],
+        codec: LayerCodec,
+        shape: tuple[int, int, int],
+        timer: ArchiveTimer,
     ) -> None:
         super().__init__()
         self.kv_cache = torch.tensor([])  # vLLM binds the pages here
-        self.spec = spec
-        self.num_heads = num_heads
+        self._spec = spec
+        self.shape = shape
         self.workspace: Any = None
         self.timer = timer
         self.timed = timer.layers == 0
         timer.layers += 1
         self.codec = codec
-        self.plan = spec.plan
         # Buffers survive sleep level 2, which drops all other memory of a model. They are no part
         # of its checkpoint.
         for name, matrix in codec.matrices().items():
             self.register_buffer(name, matrix, persistent=False)
 
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """Query heads, KV heads on this rank, and head_dim."""
-        return self.num_heads, self.spec.num_kv_heads, self.plan.head_dim
-
     def get_attn_backend(self) -> type[PagedBackend]:
         return PagedBackend
 
     def get_kv_cache_spec(self, vllm_config: Any) -> ArchiveSpec:
-        return self.spec
+        return self._spec()
 
     def settle(self, plan: LayerPlan) -> None:
         """Take the plan with the block sizes that vLLM has settled on."""
-        self.plan = plan
         self.codec = self.codec.with_layout(plan.archive)
 
     def cache(self, recent: torch.Tensor) -> LayerCache:

@@ -13,7 +13,7 @@ from vllm.distributed import (
     get_tensor_model_parallel_rank,
     get_tensor_model_parallel_world_size,
 )
-from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention import Attention, ChunkedLocalAttention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
@@ -61,21 +61,12 @@ def attach_archive(impl: CompressedImpl, vllm_config: Any) -> ArchiveLayer:
     preset = cached_preset(options.preset)
     if not any(is_compressed(x) and x.impl.archive is not None for x in context.values()):
         check_weights(vllm_config, preset)  # the model's files are surely on this machine by now
-    plan = layer_plan(vllm_config, options, preset, layer)
-    codec = _layer_codec(preset, name, layer, vllm_config, plan)
-    common = {
-        "num_kv_heads": layer.num_kv_heads,
-        "head_size": layer.head_size,
-        # Equal dtypes: vLLM zeroes the blocks of groups whose dtypes differ.
-        "dtype": plan.dtype,
-        "planned": plan,
-    }
-    batches = vllm_config.max_concurrent_batches
-    recent = RecentSpec(block_size=plan.raw_block, batches=batches, **common)
-    spec = ArchiveSpec(block_size=plan.archive_block, **common)
+    codec = _layer_codec(preset, name, layer, vllm_config)
+    specs = cache(lambda: make_specs(vllm_config, options, preset, layer))
     # On this instance only: other Attention layers of the model keep their own spec.
-    layer.get_kv_cache_spec = lambda vllm_config: recent
-    archive = ArchiveLayer(spec, codec, layer.num_heads, timer_of(context))
+    layer.get_kv_cache_spec = lambda vllm_config: specs()[0]
+    shape = (layer.num_heads, layer.num_kv_heads, layer.head_size)
+    archive = ArchiveLayer(lambda: specs()[1], codec, shape, timer_of(context))
     # Below the layer, so that what looks after the model's buffers finds the bases.
     layer.add_module("kvpca_archive", archive)
     if device_kind() == "cuda":
@@ -85,13 +76,31 @@ def attach_archive(impl: CompressedImpl, vllm_config: Any) -> ArchiveLayer:
         flash_version(layer.head_size, impl.softmax.soft_cap is not None)
         key_bias = codec.k_bias is not None
         archive.workspace = workspace_for(
-            context, impl, plan.dtype, torch.device("cuda"), causal_attention, key_bias
+            context, impl, codec.dtype, torch.device("cuda"), causal_attention, key_bias
         )
     context[name + ARCHIVE_SUFFIX] = archive
     # vLLM splits kinds of layers into groups in this order: archives as their layers.
     for layer_name in [name for name in context if name + ARCHIVE_SUFFIX in context]:
         context[layer_name + ARCHIVE_SUFFIX] = context.pop(layer_name + ARCHIVE_SUFFIX)
     return archive
+
+
+def make_specs(
+    vllm_config: Any, options: CompressionOptions, preset: Preset, layer: Any
+) -> tuple[RecentSpec, ArchiveSpec]:
+    """Both cache specs of a layer: not before vLLM asks for them, because its own block size, by
+    which ours are chosen, is final only once all layers are loaded."""
+    plan = layer_plan(vllm_config, options, preset, layer)
+    common = {
+        "num_kv_heads": layer.num_kv_heads,
+        "head_size": layer.head_size,
+        # Equal dtypes: vLLM zeroes the blocks of groups whose dtypes differ.
+        "dtype": plan.dtype,
+        "planned": plan,
+    }
+    batches = vllm_config.max_concurrent_batches
+    recent = RecentSpec(block_size=plan.raw_block, batches=batches, **common)
+    return recent, ArchiveSpec(block_size=plan.archive_block, **common)
 
 
 def layer_plan(
@@ -140,16 +149,17 @@ def config_digest(config: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _layer_codec(
-    preset: Preset, name: str, layer: Any, vllm_config: Any, plan: LayerPlan
-) -> LayerCodec:
+def _layer_codec(preset: Preset, name: str, layer: Any, vllm_config: Any) -> LayerCodec:
+    """The bases, which are on the device before vLLM measures what memory is left; the layout
+    follows with the final plan."""
     heads = _heads(preset, name, layer, vllm_config)
     index = extract_layer_index(name)
     device = torch.device(current_platform.device_type)
     k, v = (preset.basis(which, index, heads, layer.head_size) for which in "kv")
     k, v = (basis if basis is None else basis.to(device) for basis in (k, v))
     bias = preset.key_bias(index, heads)
-    codec = LayerCodec(plan.archive, k, v, plan.dtype, bias and bias.to(device))
+    layout, dtype = preset.layout(layer.head_size), layer.kv_cache_torch_dtype
+    codec = LayerCodec(layout, k, v, dtype, bias and bias.to(device))
     if device_kind() == "cuda":
         return codec.with_tables(vllm_config.model_config.max_model_len)
     return codec
@@ -190,17 +200,20 @@ def block_sizes(
     """Block sizes of both groups, before vLLM equalizes pages.
 
     A block size that the user asks for is the raw block's. Beside other kinds of layers it is a
-    multiple of theirs, so that vLLM can equalize the pages by giving them larger blocks; of
-    compressed layers of several shapes, the one with the largest pages decides for all.
+    multiple of theirs, so that vLLM can equalize the pages by giving them larger blocks, of which
+    a chunk of local attention has to be a multiple; of compressed layers of several shapes, the one
+    with the largest pages decides for all.
     """
     chosen = vllm_config.cache_config
     layers = vllm_config.compilation_config.static_forward_context.values()
+    chunks = [x.attention_chunk_size for x in layers if isinstance(x, ChunkedLocalAttention)]
     raw_blocks: tuple[int, ...] = RAW_BLOCKS
     if chosen.user_specified_block_size:
         raw_blocks = (chosen.block_size,)
     elif any(_left_to_vllm(other) for other in layers):
-        multiples = tuple(size for size in RAW_BLOCKS if size % chosen.block_size == 0)
-        raw_blocks = multiples or (chosen.block_size,)
+        multiples = [size for size in RAW_BLOCKS if size % chosen.block_size == 0]
+        fitting = [size for size in multiples if not any(chunk % size for chunk in chunks)]
+        raw_blocks = tuple(fitting) or (chosen.block_size,)
 
     def choose(head_size: int, raw_blocks: tuple[int, ...]) -> BlockSizes:
         return choose_blocks(

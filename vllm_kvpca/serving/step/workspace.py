@@ -31,7 +31,7 @@ def workspace_for(
     """
     shape = (impl.num_heads, impl.num_kv_heads, impl.head_size)
     for layer in context.values():
-        if isinstance(layer, ArchiveLayer) and (*layer.shape, layer.plan.dtype) == (*shape, dtype):
+        if isinstance(layer, ArchiveLayer) and (*layer.shape, layer.codec.dtype) == (*shape, dtype):
             return layer.workspace
     sequences = impl.vllm_config.scheduler_config.max_num_seqs
     longest = context_tokens(impl.vllm_config)
