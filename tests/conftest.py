@@ -19,6 +19,7 @@ EACH_VLLM = (
     "deploy/test_newer_vllm.py",
     "e2e/test_each_vllm.py",
     "e2e/test_refusals.py",
+    "serving/test_attach.py",
     "serving/test_cache_stats.py",
     "serving/test_doctor.py",
     "serving/test_endpoint.py",
@@ -31,7 +32,8 @@ EACH_VLLM = (
     "serving/test_prefix_hits.py",
     "serving/test_register.py",
 )
-"""The tests that stand on vLLM's inside: marked each_vllm, they run with every tested version."""
+"""The tests that stand on vLLM's inside: marked each_vllm, they run with every tested version.
+Single tests of other files are marked where they are."""
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

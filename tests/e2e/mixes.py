@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -118,6 +119,102 @@ class DeciLMConfig(LlamaConfig):
             for block in block_configs
         ]
 """
+
+
+COMMON = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": HEADS * HEAD_DIM,
+    "intermediate_size": 256,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": KV_HEADS,
+    "max_position_embeddings": 4096,
+    "initializer_range": 0.1,
+    "tie_word_embeddings": False,
+}
+
+
+def save(folder: Path, kind: type, config: Any) -> str:
+    """A model with random weights."""
+    torch.manual_seed(0)
+    kind(config).half().save_pretrained(folder)
+    return str(folder)
+
+
+def chunked_local(folder: Path) -> str:
+    """Two layers of full attention and three that see their chunk of 256 tokens, as in Llama 4."""
+    from transformers import Llama4ForCausalLM, Llama4TextConfig
+
+    full = [False, False, True, False, True]
+    config = Llama4TextConfig(
+        **COMMON,
+        num_hidden_layers=len(full),
+        head_dim=HEAD_DIM,
+        attention_chunk_size=256,
+        intermediate_size_mlp=256,
+        moe_layers=[],
+        interleave_moe_layer_step=0,
+        no_rope_layers=[int(not one) for one in full],
+        layer_types=["full_attention" if one else "chunked_attention" for one in full],
+    )
+    return save(folder, Llama4ForCausalLM, config)
+
+
+def short_convolutions(folder: Path) -> str:
+    """Two layers of full attention and three short convolutions, as in LFM2."""
+    from transformers import Lfm2Config, Lfm2ForCausalLM
+
+    width = HEADS * HEAD_DIM
+    config = Lfm2Config(
+        **COMMON,
+        num_hidden_layers=5,
+        layer_types=["conv", "conv", "full_attention", "conv", "full_attention"],
+        block_auto_adjust_ff_dim=False,
+        conv_dim=width,
+        block_dim=width,
+        block_multiple_of=32,
+        block_ffn_dim_multiplier=1.0,
+    )
+    return save(folder, Lfm2ForCausalLM, config)
+
+
+def mamba2(folder: Path) -> str:
+    """Three layers that hold attention and Mamba 2 side by side, as in Falcon-H1."""
+    from transformers import FalconH1Config, FalconH1ForCausalLM
+
+    config = FalconH1Config(
+        **COMMON,
+        num_hidden_layers=3,
+        head_dim=HEAD_DIM,
+        mamba_d_ssm=256,
+        mamba_n_heads=8,
+        mamba_d_head=32,
+        mamba_d_state=16,
+    )
+    return save(folder, FalconH1ForCausalLM, config)
+
+
+def linear_attention(folder: Path) -> str:
+    """Two layers of full and two of linear attention (gated delta rule), as in Qwen3-Next. A state
+    of two heads is larger than 128 tokens of full attention: vLLM takes blocks of 256."""
+    from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
+
+    config = Qwen3NextConfig(
+        **{**COMMON, "num_key_value_heads": HEADS},
+        num_hidden_layers=4,
+        head_dim=64,
+        layer_types=["linear_attention", "full_attention"] * 2,
+        linear_num_value_heads=2,
+        linear_num_key_heads=2,
+        linear_key_head_dim=128,  # what vLLM's CPU build can do
+        linear_value_head_dim=128,
+        # vLLM wants one layer with experts.
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=64,
+        shared_expert_intermediate_size=64,
+        mlp_only_layers=[0, 1, 2],
+    )
+    return save(folder, Qwen3NextForCausalLM, config)
 
 
 def prompts(lengths: list[int]) -> list[list[int]]:

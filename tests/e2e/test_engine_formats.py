@@ -76,7 +76,8 @@ def gemma_shaped(tmp_path_factory):
 
 def test_sliding_window_layers_stay_with_vllm(gemma_shaped):
     torch.manual_seed(1)
-    prompts = [torch.randint(5, 500, (n,)).tolist() for n in (90, 700, 1500)]
+    lengths = [90, 700, 1500]
+    prompts = [torch.randint(5, 500, (n,)).tolist() for n in lengths]
     rounds = [{"prompts": prompts, "sampling": {**GREEDY, "max_tokens": 16}}] * 2
     settings = {"model": gemma_shaped, "dtype": "bfloat16", "skip_tokenizer_init": True}
     stock = run(rounds, None, **settings)
@@ -86,9 +87,11 @@ def test_sliding_window_layers_stay_with_vllm(gemma_shaped):
     assert {"RecentSpec", "ArchiveSpec", "SlidingWindowSpec"} <= kinds
     assert "1 compressed full attention" in mixed["log"]
     assert "5 left to vLLM: SlidingWindow" in mixed["log"]
-    wanted = archived_tokens(mixed, [90, 700, 1500], 16, preset)
+    wanted = archived_tokens(mixed, lengths, 16, preset)
     assert mixed["metrics"]["kvpca_archived_tokens_total"] >= wanted > 0
     assert_same_tokens(stock["rounds"][0], mixed["rounds"][0])
     assert_same_tokens(stock["rounds"][0], mixed["rounds"][1])  # through the prefix cache
-    assert max(answer["cached"] for answer in mixed["rounds"][1]) > 0
+    (raw_block,) = {size for kind, _, size in mixed["groups"] if kind == "RecentSpec"}
+    hits = [answer["cached"] for answer in mixed["rounds"][1]]
+    assert hits == [(length - 1) // raw_block * raw_block for length in lengths]
     assert mixed["free_blocks"] == mixed["usable_blocks"]
