@@ -8,7 +8,14 @@ import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, MambaConfig, MambaForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from vllm_kvpca.calibration.collect import AttentionShape, Moments, attention_shape, collect
+from vllm_kvpca.calibration.collect import (
+    AttentionShape,
+    Moments,
+    attention_shape,
+    collect,
+    first_position,
+    positions_of,
+)
 from vllm_kvpca.calibration.fit import band_energy, fit_bases, preset_config, wanted
 from vllm_kvpca.calibration.text import windows
 from vllm_kvpca.codec import encoder, hadamard_basis
@@ -218,3 +225,24 @@ def test_nan_is_refused(model: Any):
     moments.sums["v"][1][0, 0, 0] = float("nan")
     with pytest.raises(CalibrationError, match="float32"):
         fit_bases(moments, preset_config("v-mixed", "org/Tiny", None, shape))
+
+
+def test_windows_begin_all_over_the_context():
+    starts = [first_position(i, 1000) for i in range(16)]
+    assert starts[0] == 0 and max(starts) < 1000
+    # Every eighth of the context has its windows, and the first half of them is spread alike.
+    assert {start * 8 // 1000 for start in starts} == set(range(8))
+    assert len({start * 4 // 1000 for start in starts[:8]}) == 4
+    assert first_position(5, -3) == 0
+
+
+def test_attention_is_the_same_wherever_a_window_begins(model):
+    """K turns with its position; V and what the model makes of both do not change."""
+    shape = attention_shape(model)
+    windows = [[5, 6, 7, 8, 9], [9, 8, 7, 6, 5]]
+    near = collect(model, shape, ["k", "v", "q"], windows)
+    far = collect(model, shape, ["k", "v", "q"], windows, context=positions_of(model))
+    torch.testing.assert_close(far.mean("v"), near.mean("v"), rtol=1e-4, atol=1e-6)
+    assert not torch.allclose(far.mean("k"), near.mean("k"), rtol=1e-2)
+    lengths = [moments.mean("k").diagonal(dim1=-2, dim2=-1).sum(-1) for moments in (near, far)]
+    torch.testing.assert_close(*lengths, rtol=1e-4, atol=1e-6)

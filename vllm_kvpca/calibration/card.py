@@ -31,6 +31,7 @@ class Source:
     Attributes:
         texts: the files, in the order of the command line.
         tokens: how many were run, in windows of `window` tokens at most.
+        context: positions over which windows began; 0: all began at the first.
         dtype: in which the model computed.
         command: the command line.
         date: UTC, ISO 8601.
@@ -45,10 +46,17 @@ class Source:
     command: str
     date: str
     note: str = ""
+    context: int = 0
 
 
 def source_of_now(
-    files: Sequence[Path], tokens: int, window: int, seed: int, dtype: str, note: str = ""
+    files: Sequence[Path],
+    tokens: int,
+    window: int,
+    seed: int,
+    dtype: str,
+    note: str = "",
+    context: int = 0,
 ) -> Source:
     """The source of what the running command makes of these files."""
     return Source(
@@ -60,6 +68,7 @@ def source_of_now(
         command=_command_line(),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         note=note,
+        context=context,
     )
 
 
@@ -118,8 +127,9 @@ def write_card(
 
 ## Calibration
 
-{source.tokens:,} tokens in windows of up to {source.window:,}, seed {source.seed}, model in \
-{source.dtype}, {source.date}:
+{source.tokens:,} tokens in windows of up to {source.window:,}\
+{f" that began all over {source.context:,} positions" if source.context else ""}, seed \
+{source.seed}, model in {source.dtype}, {source.date}:
 
     {source.command}
 {note}

@@ -122,6 +122,7 @@ def collect(
     moments: Moments | None = None,
     after_window: Callable[[Moments], None] = lambda moments: None,
     key_biases: Mapping[int, KeyBias] = MappingProxyType({}),
+    context: int = 0,
 ) -> Moments:
     """Run the model over token windows and sum up x x^T and x of what it caches.
 
@@ -133,16 +134,20 @@ def collect(
         moments: of windows that an earlier run has seen; they are added to.
         after_window: called with all there is after each window.
         key_biases: by layer, what is taken out of K first (calibration.key_bias).
+        context: windows begin at positions spread over so many tokens; 0: all at position 0. RoPE
+            turns what all keys share by their position, so a basis that has seen the first
+            positions alone does not fit far ones. To attention the start makes no difference.
 
     Raises:
         UnsupportedError: queries are wanted, and the model's attention cannot be observed.
     """
     found = moments or Moments({which: {} for which in wanted})
     found.key_biases = dict(key_biases)
+    first = 0
 
     def add(layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
         if layer in key_biases:
-            positions = torch.arange(k.shape[2], device=k.device)
+            positions = torch.arange(first, first + k.shape[2], device=k.device)
             k = k.float() - key_biases[layer].turned(positions).transpose(0, 1)
         for which in found.sums.keys() & {"k", "v"}:
             found.add(which, layer, {"k": k, "v": v}[which])
@@ -153,12 +158,27 @@ def collect(
 
     with observed(model, add_queries) if "q" in found.sums else nullcontext():
         for window in windows:
-            _forward(model, window, _Probe(model.config, set(shape.layers), add))
+            first = first_position(found.windows, context - len(window)) if context else 0
+            _forward(model, window, _Probe(model.config, set(shape.layers), add), first)
             found.tokens += len(window)
             found.windows += 1
             advance(len(window))
             after_window(found)
     return found
+
+
+def first_position(index: int, room: int) -> int:
+    """Where window `index` begins: 0 for the first, then spread evenly over `room` positions,
+    however many windows there will be (multiples of the golden ratio)."""
+    return int(index * 0.6180339887498949 % 1 * max(0, room))
+
+
+def positions_of(model: Any) -> int:
+    """Positions that a model can be given tokens at; 0 where its positions are no RoPE's."""
+    config = model.config.get_text_config(decoder=True)
+    if getattr(model.base_model, "rotary_emb", None) is None:
+        return 0
+    return getattr(config, "max_position_embeddings", None) or 0
 
 
 @contextmanager
@@ -227,7 +247,10 @@ def _sizes(*states: torch.Tensor) -> set[tuple[int, ...]]:
 
 
 @torch.no_grad()
-def _forward(model: Any, window: list[int], cache: DynamicCache) -> None:
+def _forward(model: Any, window: list[int], cache: DynamicCache, first: int = 0) -> None:
     ids = torch.tensor([window], device=model.device)
+    where = {}
+    if first:
+        where["position_ids"] = torch.arange(first, first + len(window), device=model.device)[None]
     # The base model: no logits over the vocabulary, which nobody reads.
-    model.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
+    model.base_model(input_ids=ids, past_key_values=cache, use_cache=True, **where)

@@ -47,7 +47,7 @@ class Progress:
             "model": model,
             "moments": sorted(which),
             "texts": [text.sha256 for text in source.texts],
-            "budget": [source.tokens, source.window, source.seed, source.dtype],
+            "budget": [source.tokens, source.window, source.seed, source.dtype, source.context],
         }
         return cls(folder, arguments)
 

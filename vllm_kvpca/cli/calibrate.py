@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from vllm_kvpca.calibration.collect import AttentionShape, Moments
     from vllm_kvpca.codec.key_bias import KeyBias
 
+CONTEXT_HELP = (
+    "Positions over which windows begin, so that bases fit long contexts; by default all of the "
+    "model's. 0: all begin at the first."
+)
 QUANTIZED_HELP = (
     "How the weights were quantized before they were unpacked, e.g. Q4_K_M: the preset then serves "
     "the original's weights too, with a warning."
@@ -50,6 +54,7 @@ def calibrate(
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to run, at most.")] = 100_000,
     window: Annotated[int, typer.Option(min=16, help="Tokens of one sequence.")] = 2048,
+    context: Annotated[int | None, typer.Option(min=0, help=CONTEXT_HELP)] = None,
     seed: Annotated[int, typer.Option(help="Order in which the files take turns.")] = 0,
     name: Annotated[
         str | None, typer.Option(help="The model's Hub name org/name; by default from --model.")
@@ -76,7 +81,7 @@ def calibrate(
     from vllm_kvpca.calibration import output as outputs
     from vllm_kvpca.calibration import overlap, resume
     from vllm_kvpca.calibration.card import source_of_now
-    from vllm_kvpca.calibration.collect import attention_shape
+    from vllm_kvpca.calibration.collect import attention_shape, positions_of
     from vllm_kvpca.calibration.fit import check_format, preset_config, wanted
     from vllm_kvpca.calibration.key_bias import key_biases
     from vllm_kvpca.calibration.network import load, name_of, samples_of
@@ -99,7 +104,8 @@ def calibrate(
     biases = key_biases(network, shape)
     configs = {one: preset_config(one, made_for, revision, shape, bool(biases)) for one in formats}
     dtype = str(network.dtype).removeprefix("torch.")
-    source = source_of_now(files, tokens, window, seed, dtype, note)
+    context = positions_of(network) if context is None else context
+    source = source_of_now(files, tokens, window, seed, dtype, note, context)
     # K and V both, whatever the formats need: the report shows what another one would gain.
     which = {"k", "v"}.union(*map(wanted, configs.values()))
     moments = collect_moments(
@@ -168,7 +174,8 @@ def collect_moments(
         console.print(f"{found.tokens:,} tokens were done by an earlier run: going on from there.")
     windows = islice(texts.windows(*budget, source.seed), found.windows if found else 0, None)
     with progress.tokens(console, total, found.tokens if found else 0) as advance:
-        return collect(network, shape, which, windows, advance, found, saved.save, biases)
+        arguments = network, shape, which, windows, advance, found, saved.save, biases
+        return collect(*arguments, context=source.context)
 
 
 def spread_table(rows: list[dict[str, Any]], title: str) -> Table:

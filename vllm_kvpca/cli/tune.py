@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from vllm_kvpca.cli.calibrate import QUANTIZED_HELP, TEXT_HELP, collect_moments
+from vllm_kvpca.cli.calibrate import CONTEXT_HELP, QUANTIZED_HELP, TEXT_HELP, collect_moments
 from vllm_kvpca.errors import CalibrationError
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ def tune(
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to calibrate on.")] = 100_000,
     measure_tokens: Annotated[int, typer.Option(min=1, help="Tokens to measure on.")] = 16_384,
     window: Annotated[int, typer.Option(min=16, help="Tokens of one sequence.")] = 2048,
+    context: Annotated[int | None, typer.Option(min=0, help=CONTEXT_HELP)] = None,
     per_layer: Annotated[
         bool, typer.Option("--per-layer", help="Also measure the chosen format layer by layer.")
     ] = False,
@@ -58,7 +59,7 @@ def tune(
     from vllm_kvpca.calibration import overlap, resume
     from vllm_kvpca.calibration import text as texts
     from vllm_kvpca.calibration.card import source_of_now
-    from vllm_kvpca.calibration.collect import attention_shape
+    from vllm_kvpca.calibration.collect import attention_shape, positions_of
     from vllm_kvpca.calibration.key_bias import key_biases
     from vllm_kvpca.calibration.network import load, name_of, samples_of
     from vllm_kvpca.calibration.tune import (
@@ -87,7 +88,8 @@ def tune(
     biases = key_biases(network, shape)
     presets = candidates(name or name_of(model), revision, shape, bool(biases))
     dtype = str(network.dtype).removeprefix("torch.")
-    source = source_of_now(files, sum(map(len, fit_on)), window, seed, dtype)
+    context = positions_of(network) if context is None else context
+    source = source_of_now(files, sum(map(len, fit_on)), window, seed, dtype, context=context)
     wanted = moments_wanted(presets)
     moments = collect_moments(
         console, network, shape, wanted, tokenizer, files, source, output, model, biases
