@@ -171,9 +171,9 @@ def test_several_formats_from_one_pass_are_those_of_a_pass_each(
     passes: list[int] = []
     forward = collect._forward
 
-    def count(model: Any, window: list[int], cache: Any) -> None:
+    def count(model: Any, window: list[int], *rest: Any) -> None:
         passes.append(len(window))
-        forward(model, window, cache)
+        forward(model, window, *rest)
 
     monkeypatch.setattr(collect, "_forward", count)
     output = tmp_path / "presets"

@@ -79,7 +79,8 @@ def run(*arguments: Any) -> Result:
 
 
 def tuned(folder: Path, text_file: Path, output: Path, *more: Any) -> Result:
-    words = ("--window", 64, "--tokens", 3200, "--measure-tokens", 256, "--output", output)
+    words = ("--window", 64, "--tokens", 3200, "--measure-tokens", 256, "--context", 0)
+    words += ("--output", output)
     return run("tune", "--model", folder, "--text", text_file, *words, *more)
 
 

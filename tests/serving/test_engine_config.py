@@ -24,6 +24,7 @@ def engine_args(preset: str, model: str = "a-model") -> SimpleNamespace:
         model=model,
         served_model_name=None,
         hf_config_path=None,
+        download_dir=None,
         trust_remote_code=False,
         revision=None,
         code_revision=None,

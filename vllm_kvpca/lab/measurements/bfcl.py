@@ -73,8 +73,8 @@ def run(
         most_tokens: of an answer.
         more: further EngineSettings.
     """
-    files = files_of(categories)
     presets.check(preset_names, model, peers=True)
+    files = files_of(categories)
     cases = [case for category in categories for case in load(category)[:limit]]
     asked = (message["content"] for case in cases for message in case.messages)
     seen = overlaps_of_texts(preset_names, asked)

@@ -54,8 +54,8 @@ def run(
         max_model_len: tokens; longer conversations are left out.
         more: further EngineSettings.
     """
-    files = conversations.data_files()
     presets.check(preset_names, model, peers=True)
+    files = conversations.data_files()
     every = conversations.load(limit)
     said = (message["content"] for one in every for message in one.messages)
     seen = overlaps_of_texts(preset_names, said)

