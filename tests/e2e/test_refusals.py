@@ -40,6 +40,7 @@ def test_a_sound_configuration_selects_the_backend():
         "preset": "k8v4",
         "compress_after": 512,
         "keep_recent": 256,
+        "allow_other_weights": False,
     }
 
 
