@@ -146,6 +146,22 @@ def test_a_model_that_is_not_downloaded_yet_is_asked_again_later(preset):
         preset.check_weights(served)
 
 
+def test_the_hub_s_cache_may_hold_a_configuration_before_the_weights(
+    tmp_path, preset, model, monkeypatch
+):
+    """vLLM reads the configuration first; the weights come later, and then they decide."""
+    repository = tmp_path / "cache" / "models--org--Tuned-1B"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    (snapshot / "config.json").write_text("{}")
+    served = Served("org/Tuned-1B", download_dir=str(tmp_path / "cache"))
+    assert served.folder is None and preset.check_weights(served, later=True) is None
+    model.save_pretrained(snapshot)
+    assert served.folder == snapshot and preset.check_weights(served) is None
+
+
 def test_a_stack_of_q_k_and_v_is_cut(tmp_path, preset, model):
     tensors = {}
     for i, layer in enumerate(model.model.layers):
