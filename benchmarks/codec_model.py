@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import DynamicCache
 
 from vllm_kvpca.calibration import text
-from vllm_kvpca.calibration.collect import attention_shape, observed
+from vllm_kvpca.calibration.collect import attention_shape, first_position, observed
 from vllm_kvpca.codec import hadamard_basis
 
 BIAS_BLOCK = 128
@@ -57,9 +57,8 @@ class Model:
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.device, self.window, self.batch = device, window, batch
         self.shape = attention_shape(self.model)
-        self.first = self.offset = 0
-        self.cos, self.sin = self._turns(torch.arange(window, device=device))
         self.offset = offset
+        self._begin_at(0)
 
     def _turns(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(tokens, D) cosines and sines of the rotary embedding."""
@@ -72,9 +71,11 @@ class Model:
     def evaluate_far(self) -> None:
         """From now on a sequence's first token stands at `offset`. Attention sees no difference
         (RoPE is relative), but K as it is stored turns."""
-        self.first = self.offset
-        positions = torch.arange(self.window, device=self.device) + self.first
-        self.cos, self.sin = self._turns(positions)
+        self._begin_at(self.offset)
+
+    def _begin_at(self, first: int) -> None:
+        self.first = first
+        self.cos, self.sin = self._turns(torch.arange(self.window, device=self.device) + first)
 
     def rotate(self, x: torch.Tensor, sign: int = 1) -> torch.Tensor:
         """RoPE on (..., tokens, D); with sign -1 its inverse."""
@@ -115,15 +116,19 @@ class Model:
         """(tokens, vocabulary) log-probabilities, nats."""
         return self.model.lm_head(hidden.to(self.device)).log_softmax(-1)
 
-    def statistics(self, files: Sequence[Path], tokens: int) -> dict[str, Statistics]:
+    def statistics(
+        self, files: Sequence[Path], tokens: int, context: int = 0
+    ) -> dict[str, Statistics]:
         """Of V, of K, of K before RoPE ("pre") and of K without its bias ("bias"), over calibration
-        text."""
+        text, whose windows begin all over `context` positions (see `collect.first_position`)."""
         sums = Sums(self)
         windows = text.windows(files, self.tokenizer, self.window, tokens)
         with observed(self.model, sums.queries):
-            for window in windows:
+            for index, window in enumerate(windows):
+                self._begin_at(first_position(index, context - len(window)))
                 self.forward([window], sums.see)
                 sums.tokens += len(window)
+        self._begin_at(0)
         set_fitted_samples(torch.cat(sums.samples))
         weight = {"v": self.output_weight(), "k": sums.mean("q"), "pre": sums.mean("q pre")}
         weight["bias"] = weight["k"]

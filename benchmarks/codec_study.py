@@ -134,6 +134,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--evaluation", type=Path, required=True, help="folder of .txt files")
     parser.add_argument("--tokens", type=int, default=40_960, help="to evaluate on")
     parser.add_argument("--calibration-tokens", type=int, default=61_440)
+    parser.add_argument(
+        "--calibration-context",
+        type=int,
+        default=0,
+        help="positions over which windows of calibration begin; 0: all at the first",
+    )
     parser.add_argument("--window", type=int, default=2048, help="tokens of a sequence")
     parser.add_argument(
         "--offset", type=int, default=0, help="position of a window's first token in evaluation"
@@ -157,7 +163,9 @@ def main() -> None:
     started = time.perf_counter()
     torch.backends.cuda.matmul.allow_tf32 = False
     model = Model(chosen.model, chosen.device, chosen.window, chosen.batch, chosen.offset)
-    collected = model.statistics(texts.find_texts([chosen.calibration]), chosen.calibration_tokens)
+    calibration = texts.find_texts([chosen.calibration])
+    spread = chosen.calibration_tokens, chosen.calibration_context
+    collected = model.statistics(calibration, *spread)
     model.evaluate_far()
     files = texts.find_texts([chosen.evaluation])
     count = max(1, chosen.tokens // chosen.window)
@@ -211,6 +219,7 @@ def write(
         "layers": len(model.shape.layers),
         "head_dim": model.shape.head_dim,
         "offset": chosen.offset,
+        "calibration_context": chosen.calibration_context,
         "only": chosen.only,
     }
     results = {"perplexity_stock": stock, "rows": rows}
