@@ -23,6 +23,7 @@ SHAPES: Shapes = [
 MORE_SHAPES: Shapes = [
     ("v-mixed", 256, torch.bfloat16),  # the most registers and shared memory
     ("k8v4", 128, torch.bfloat16),
+    ("kb-mixed", 128, torch.bfloat16),  # K without its bias
 ]
 
 

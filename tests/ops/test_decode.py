@@ -77,10 +77,22 @@ def launches() -> None:
     make_case("k8v4", 128, 7, [96], [17], torch.bfloat16, "cpu").run()
 
 
+def biased_launches() -> None:
+    """The same with K that is archived without its bias."""
+    make_case("kb-mixed", 128, 7, [96], [17], torch.bfloat16, "cpu").run()
+
+
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_compiles(capability):
     names = {kernel.name for kernel in compile_in_subprocess(__file__, "launches", capability)}
     assert names == {"chunks_kernel", "split_kernel", "merge_kernel"}
+
+
+def test_compiles_with_a_bias():
+    kernels = compile_in_subprocess(__file__, "biased_launches", CAPABILITIES[1])
+    assert {kernel.name for kernel in kernels} == {
+        *("chunks_kernel", "rotate_kernel", "split_kernel", "merge_kernel"),
+    }
 
 
 def test_blocks_smaller_than_a_tile_are_refused_with_the_way_out():

@@ -243,20 +243,22 @@ def _archive_tile(
     page = pages + head * page_head + block * page_block
     old = recent + head * head_stride + recent_block * block_stride
     old += recent_token.to(tl.int64) * token_stride
+    # Names of their own in both branches: Triton wants one type for what is set in both.
     if tl.program_id(1) % 2 == 0:
-        new = key + head * key_head + new_token * key_token
-        source = (old, new, is_new, valid)
-        if bias is not None:
+        new_k = key + head * key_head + new_token * key_token
+        if bias is None:
+            k_source = (old, new_k, is_new, valid)
+        else:
             at_run = (bias[0] + head * HEAD_DIM, bias[1] + run.to(tl.int64) * HEAD_DIM)
-            source = source + (at_run,)  # type: ignore[assignment]
+            k_source = (old, new_k, is_new, valid, at_run)  # type: ignore[assignment]
         _encode(
-            source, k_basis, head, page, token, HEAD_DIM, CHUNK, TILE, K_CODES, K_SCALES, K_BANDS
+            k_source, k_basis, head, page, token, HEAD_DIM, CHUNK, TILE, K_CODES, K_SCALES, K_BANDS
         )
     else:
-        new = value + head * value_head + new_token * value_token
-        source = (old + HEAD_DIM, new, is_new, valid)
+        new_v = value + head * value_head + new_token * value_token
+        v_source = (old + HEAD_DIM, new_v, is_new, valid)
         _encode(
-            source, v_basis, head, page, token, HEAD_DIM, CHUNK, TILE, V_CODES, V_SCALES, V_BANDS
+            v_source, v_basis, head, page, token, HEAD_DIM, CHUNK, TILE, V_CODES, V_SCALES, V_BANDS
         )
 
 
