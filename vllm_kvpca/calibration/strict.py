@@ -14,7 +14,7 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 from vllm_kvpca.calibration.statistics import Floats
-from vllm_kvpca.ops.layer_codec import LayerCodec
+from vllm_kvpca.ops.layer_codec import LayerCodec, codec_of
 from vllm_kvpca.preset import Preset
 
 
@@ -58,11 +58,8 @@ class StoredCache(DynamicCache):
 
 def _codec(preset: Preset, layer: int, states: torch.Tensor) -> LayerCodec:
     _, heads, _, head_dim = states.shape
-    k, v = (preset.basis(which, layer, list(range(heads)), head_dim) for which in "kv")
-    bias = preset.key_bias(layer, list(range(heads)))
-    k, v = (basis if basis is None else basis.to(states.device) for basis in (k, v))
-    bias = bias and bias.to(states.device)
-    return LayerCodec(preset.layout(head_dim), k, v, states.dtype, bias)
+    layout = preset.layout(head_dim)
+    return codec_of(preset, layer, list(range(heads)), layout, states.dtype, states.device)
 
 
 def _kept(codec: LayerCodec, states: torch.Tensor, which: str) -> torch.Tensor:

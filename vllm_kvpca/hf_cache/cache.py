@@ -23,7 +23,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from vllm_kvpca.errors import OptionsError, PresetMismatch, UnsupportedError
 from vllm_kvpca.hf_cache.layer import CompressedLayer
-from vllm_kvpca.ops.layer_codec import LayerCodec
+from vllm_kvpca.ops.layer_codec import LayerCodec, codec_of
 from vllm_kvpca.pages.boundary import DEFAULT_COMPRESS_AFTER, DEFAULT_KEEP_RECENT, Policy
 from vllm_kvpca.preset import Preset, load_preset
 from vllm_kvpca.preset.identity import Served
@@ -154,10 +154,7 @@ class PresetCache(Cache):
         key = (layer if self.preset.config.calibrated else None, kv_heads, head_dim, dtype, device)
         if key not in self._codecs:
             layout, heads = self.preset.layout(head_dim), list(range(kv_heads))
-            k, v = (self.preset.basis(which, layer, heads, head_dim) for which in "kv")
-            k, v = (basis if basis is None else basis.to(device) for basis in (k, v))
-            bias = self.preset.key_bias(layer, heads)
-            self._codecs[key] = LayerCodec(layout, k, v, dtype, bias and bias.to(device))
+            self._codecs[key] = codec_of(self.preset, layer, heads, layout, dtype, device)
         return self._codecs[key]
 
 

@@ -14,7 +14,7 @@ from vllm_kvpca.calibration.collect import AttentionShape
 from vllm_kvpca.lab.presets import random_preset
 from vllm_kvpca.ops.attend.softmax import Softmax
 from vllm_kvpca.ops.layer_cache import LayerCache
-from vllm_kvpca.ops.layer_codec import LayerCodec
+from vllm_kvpca.ops.layer_codec import LayerCodec, codec_of
 from vllm_kvpca.pages.block_sizes import choose_blocks
 from vllm_kvpca.pages.layer_plan import LayerPlan
 from vllm_kvpca.pages.layout import raw_token_bytes
@@ -250,10 +250,7 @@ def _layer(name: str, shape: Shape, device: torch.device) -> tuple[LayerPlan, La
     plan = LayerPlan(streams, dtype, blocks.raw_block, blocks.archive_block, after, kept)
     first = (preset.config.layers or (0,))[0]  # a preset may cover some layers only
     heads = list(range(shape.kv_heads))
-    k, v = (preset.basis(which, first, heads, shape.head_dim) for which in "kv")
-    k, v = (basis if basis is None else basis.to(device) for basis in (k, v))
-    bias = preset.key_bias(first, heads)
-    codec = LayerCodec(plan.archive, k, v, dtype, bias and bias.to(device))
+    codec = codec_of(preset, first, heads, plan.archive, dtype, device)
     return plan, codec.with_tables(shape.context)
 
 

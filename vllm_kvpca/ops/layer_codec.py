@@ -12,6 +12,7 @@ from vllm_kvpca.codec.bands import Band, decode_bands, encode_bands
 from vllm_kvpca.codec.basis import ROTATED_RANGE, encoder
 from vllm_kvpca.codec.key_bias import RUN, KeyBias
 from vllm_kvpca.pages.layout import ArchiveLayout
+from vllm_kvpca.preset import Preset
 
 
 @dataclass(frozen=True)
@@ -145,18 +146,19 @@ class LayerCodec:
             query = query @ self.k_basis
         return query[..., stored_components(self.layout.k_bands, query.device)]
 
-    def bias_scores(self, query: torch.Tensor, positions: torch.Tensor) -> torch.Tensor | None:
+    def bias_scores(self, query: torch.Tensor, first: int, tokens: int) -> torch.Tensor | None:
         """Products of queries with what was taken out of K; None if nothing was.
 
         Args:
             query: (batch, kv_heads, rows, head_dim) float32, in head space.
-            positions: (tokens,).
+            first, tokens: position of the first of so many tokens.
 
         Returns:
             (batch, kv_heads, rows, tokens) float32.
         """
         if self.k_bias is None:
             return None
+        positions = torch.arange(first, first + tokens, device=query.device)
         runs, which = torch.unique(positions // RUN, return_inverse=True)
         products = (query @ self.k_bias.products()) @ self.k_bias.angles(runs).T
         return products[..., which]
@@ -174,6 +176,25 @@ class LayerCodec:
             return output
         kept = stored_components(self.layout.v_bands, output.device)
         return output @ self.v_basis[..., kept].transpose(-1, -2)
+
+
+def codec_of(
+    preset: Preset,
+    layer: int,
+    heads: list[int],
+    layout: ArchiveLayout,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> LayerCodec:
+    """What a preset says of one layer, on `device`.
+
+    Args:
+        layer: index of the layer in the model. heads: global indices of the local KV heads.
+    """
+    k, v = (preset.basis(which, layer, heads, layout.head_dim) for which in "kv")
+    k, v = (basis if basis is None else basis.to(device) for basis in (k, v))
+    bias = preset.key_bias(layer, heads)
+    return LayerCodec(layout, k, v, dtype, bias and bias.to(device))
 
 
 @cache

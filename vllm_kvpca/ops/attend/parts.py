@@ -54,7 +54,7 @@ def attend_archive(
         tile = _load_archive_tile(pages, table[:, first : first + step], lengths, first, layout)
         begin, size = first * layout.block_size, tile.shape[2] * layout.block_size
         mask = length_mask(lengths, begin, size)
-        bias = codec.bias_scores(query, torch.arange(begin, begin + size, device=query.device))
+        bias = codec.bias_scores(query, begin, size)
         part = _attend_tile(rotated, tile, mask, bias, codec, softmax)
         result = part if result is None else merge(result, part)
     assert result is not None, "a batch without archived tokens must not get here"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,11 +18,12 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
 
 from vllm_kvpca.errors import PresetMismatch, UnsupportedError
-from vllm_kvpca.ops.layer_codec import LayerCodec
+from vllm_kvpca.ops.layer_codec import LayerCodec, codec_of
 from vllm_kvpca.pages.block_sizes import RAW_BLOCKS, BlockSizes, choose_blocks
 from vllm_kvpca.pages.layer_plan import LayerPlan
 from vllm_kvpca.pages.layout import raw_token_bytes
 from vllm_kvpca.preset import FORMATS, Preset
+from vllm_kvpca.preset.identity import Served
 from vllm_kvpca.preset.weights import NotComparable, of_checkpoint
 from vllm_kvpca.serving.cache.pairs import ARCHIVE_SUFFIX
 from vllm_kvpca.serving.cache.specs import ArchiveSpec, RecentSpec
@@ -124,14 +124,15 @@ def model_digest(vllm_config: Any) -> str:
     """Of the model's configuration and, where its files can be read, samples of its weights."""
     model = vllm_config.model_config
     width = model.get_total_num_kv_heads() * model.get_head_size()
-    weights = _weights_digest(
-        served_model(vllm_config).folder, tuple(full_attention_layers(model)), width
-    )
+    layers = tuple(full_attention_layers(model))
+    weights = _weights_digest(served_model(vllm_config), layers, width)
     return config_digest(model.hf_text_config) + weights
 
 
 @cache
-def _weights_digest(folder: Path | None, layers: tuple[int, ...], width: int) -> str:
+def _weights_digest(model: Served, layers: tuple[int, ...], width: int) -> str:
+    """Once for all layers: even to look for the files takes a while in the Hub's cache."""
+    folder = model.folder
     try:
         return of_checkpoint(folder, layers, width).digest if folder and layers else ""
     except NotComparable:
@@ -155,11 +156,8 @@ def _layer_codec(preset: Preset, name: str, layer: Any, vllm_config: Any) -> Lay
     heads = _heads(preset, name, layer, vllm_config)
     index = extract_layer_index(name)
     device = torch.device(current_platform.device_type)
-    k, v = (preset.basis(which, index, heads, layer.head_size) for which in "kv")
-    k, v = (basis if basis is None else basis.to(device) for basis in (k, v))
-    bias = preset.key_bias(index, heads)
     layout, dtype = preset.layout(layer.head_size), layer.kv_cache_torch_dtype
-    codec = LayerCodec(layout, k, v, dtype, bias and bias.to(device))
+    codec = codec_of(preset, index, heads, layout, dtype, device)
     if device_kind() == "cuda":
         return codec.with_tables(vllm_config.model_config.max_model_len)
     return codec
